@@ -1,0 +1,234 @@
+"""The configuration: one small section for each component, checked once when it is loaded.
+
+A preset or file is YAML with these sections as keys; `section.key=value` overrides one value. Unknown keys and
+impossible values fail here, with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from distributed_muzero.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class EnvironmentConfig(Section):
+    id: str = "CartPole-v1"
+    kwargs: dict[str, Any] = {}  # handed to the environment's constructor
+    history_length: Positive = 1  # N, observations stacked for the representation
+    max_episode_steps: Positive = 10_000  # a longer game is truncated here
+
+
+class NetworkConfig(Section):
+    name: str = "mlp"  # a name of the networks registry
+    embedding_size: Positive = 64
+    hidden_sizes: tuple[Positive, ...] = (64,)  # of every function
+    support_min: int = -20  # ends of the categorical support, in transformed units h(x)
+    support_max: int = 20
+    support_size: Annotated[int, Field(ge=2)] = 41  # bins, both ends included
+
+    @model_validator(mode="after")
+    def _check(self) -> NetworkConfig:
+        if self.support_min >= self.support_max:
+            raise ValueError(f"support_min {self.support_min} must be below support_max {self.support_max}")
+        return self
+
+
+class AlgorithmConfig(Section):
+    discount: Annotated[float, Field(gt=0, le=1)] = 0.99  # γ
+    num_unroll_steps: Positive = 5  # K
+    td_steps: Positive = 20  # n
+
+
+class SearchConfig(Section):
+    policy: Literal["muzero"] = "muzero"
+    num_simulations: Positive = 25
+    q_normalization: Literal["parent_and_siblings", "tree_min_max", "min_max"] = "parent_and_siblings"
+    min_max_bounds: tuple[float, float] = (-1.0, 1.0)  # used by q_normalization=min_max only
+    max_depth: Positive | None = None  # edges from root to leaf; none = num_simulations
+    pb_c_init: Annotated[float, Field(ge=0)] = 1.25
+    pb_c_base: Annotated[float, Field(gt=0)] = 19652.0
+    dirichlet_alpha: Annotated[float, Field(gt=0)] = 0.3
+    dirichlet_fraction: Fraction = 0.25  # share of noise in the root's prior; 0 in evaluation
+
+    @model_validator(mode="after")
+    def _check(self) -> SearchConfig:
+        if self.min_max_bounds[0] >= self.min_max_bounds[1]:
+            raise ValueError(f"min_max_bounds {self.min_max_bounds} must rise")
+        return self
+
+
+class ActorConfig(Section):
+    num_actors: Positive = 1
+    envs_per_actor: Positive = 32  # B, games in lockstep through one batched search
+    temperatures: tuple[tuple[int, float], ...] = ((0, 1.0),)  # (from learner step, temperature), rising steps
+    max_unacknowledged: Positive = 64  # finished episodes in flight before the actor waits
+
+    @model_validator(mode="after")
+    def _check(self) -> ActorConfig:
+        steps = [step for step, _ in self.temperatures]
+        if not steps or steps[0] != 0 or sorted(set(steps)) != steps:
+            raise ValueError(f"temperatures must start at learner step 0 and rise, got steps {steps}")
+        if any(temperature < 0 for _, temperature in self.temperatures):
+            raise ValueError("temperatures can't be negative")
+        return self
+
+
+class ReplayConfig(Section):
+    num_shards: Positive = 1
+    max_transitions: Positive = 200_000  # over all shards
+    max_bytes: Positive = 2 * 1024**3  # over all shards
+    min_size_to_sample: Positive = 1_000  # transitions over all shards before the learner starts
+    samples_per_insert: Annotated[float, Field(gt=0)] = 32.0  # sampled rows for each stored transition
+    error_buffer: Annotated[float, Field(gt=0)] | None = None  # slack in samples; none = chosen from the batch
+
+
+class LearnerConfig(Section):
+    batch_size: Positive = 256  # M
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    final_learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # reached after decay_steps, along a half cosine
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    decay_steps: Positive = 20_000
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    max_grad_norm: Annotated[float, Field(gt=0)] = 5.0
+    value_weight: Annotated[float, Field(ge=0)] = 0.25
+    reward_weight: Annotated[float, Field(ge=0)] = 1.0
+    policy_weight: Annotated[float, Field(ge=0)] = 1.0
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # of the published moving average; 0 = the raw weights
+    publish_interval: Positive = 20  # learner steps between two weights versions
+    checkpoint_interval: Positive = 2_000  # learner steps between two checkpoints
+    keep_checkpoints: Positive = 3
+    prefetch: Positive = 2  # batches in flight from every shard
+    num_threads: Positive = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class EvaluatorConfig(Section):
+    num_episodes: Positive = 20
+    interval_seconds: Annotated[float, Field(ge=0)] = 5.0  # pause between two evaluations
+    num_simulations: Positive | None = None  # none = the search's own
+
+
+class RunConfig(Section):
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    max_env_steps: Positive | None = None
+    max_train_steps: Positive | None = None
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    stop_at_return: float | None = None  # mean return of an evaluation that ends the run
+
+
+class Config(Section):
+    environment: EnvironmentConfig = EnvironmentConfig()
+    network: NetworkConfig = NetworkConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    search: SearchConfig = SearchConfig()
+    actor: ActorConfig = ActorConfig()
+    replay: ReplayConfig = ReplayConfig()
+    learner: LearnerConfig = LearnerConfig()
+    evaluator: EvaluatorConfig = EvaluatorConfig()
+    run: RunConfig = RunConfig()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets, sorted."""
+    folder = resources.files("distributed_muzero") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The preset's sections, as plain dictionaries. Raises ConfigError for an unknown name."""
+    if name not in preset_names():
+        raise ConfigError(f"no preset {name!r}{_suggest(name, preset_names())}. Presets: {', '.join(preset_names())}")
+    return _parse_yaml((resources.files("distributed_muzero") / "presets" / f"{name}.yaml").read_text(), name)
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file. Raises ConfigError if it can't be read or isn't a mapping of sections."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't read the config file {path}: {error}") from None
+    return _parse_yaml(text, str(path))
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """`section.key=value` strings into nested sections; values are read as YAML (so `[64, 64]`, `1e-3`, `null`)."""
+    sections: dict[str, Any] = {}
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if not separator or not dot or not section or not name:
+            raise ConfigError(f"--set {text!r}: expected section.key=value, for example learner.batch_size=128")
+        try:
+            sections.setdefault(section, {})[name] = _number(yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {text!r}: the value can't be read as YAML") from None
+    return sections
+
+
+def make_config(*layers: Mapping[str, Any]) -> Config:
+    """Merges sections, later layers over earlier ones, and checks the result. Raises ConfigError."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for section, values in layer.items():
+            if isinstance(values, Mapping):
+                merged[section] = {**merged.get(section, {}), **values}
+            else:
+                merged[section] = values
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from None
+
+
+def _explain(detail: Any) -> str:
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] != "extra_forbidden":
+        return f"{path or 'config'}: {detail['msg']}; got {detail['input']!r}"
+    fields: Mapping[str, Any] = Config.model_fields
+    for part in detail["loc"][:-1]:
+        fields = fields[str(part)].annotation.model_fields
+    return f"unknown key {path!r}{_suggest(str(detail['loc'][-1]), fields)}. Known here: {', '.join(fields)}"
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; people mean a number."""
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _parse_yaml(text: str, source: str) -> dict[str, Any]:
+    try:
+        sections = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} isn't valid YAML: {error}") from None
+    if not isinstance(sections, dict) or not all(isinstance(value, dict) for value in sections.values()):
+        raise ConfigError(f"{source} must be a mapping of sections, such as `learner:` with its keys below")
+    return {section: {key: _number(value) for key, value in values.items()} for section, values in sections.items()}

@@ -1,0 +1,49 @@
+"""What an environment must offer, and the few facts that the rest needs to know of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+
+class EnvironmentSpec(NamedTuple):
+    """Facts of an environment that don't change while it is played."""
+
+    id: str
+    observation_shape: tuple[int, ...]
+    observation_dtype: np.dtype
+    action_shape: tuple[int, ...]  # A may be multi-dimensional; inside it is flat, row-major (decision 8)
+    num_players: int = 1
+
+    @property
+    def num_actions(self) -> int:
+        return int(np.prod(self.action_shape))
+
+
+class Environment(Protocol):
+    """The contract's environment, with what the source left open (decisions 7, 8 and 10).
+
+    After the last step (`is_terminal`), only `truncated` and `initial_state` may be used.
+    """
+
+    spec: EnvironmentSpec
+
+    def initial_state(self, seed: int | None = None) -> np.ndarray:
+        """Starts a game and returns its first observation [*O]. The same seed starts the same game."""
+
+    def step(self, action: int) -> tuple[float, np.ndarray, bool]:
+        """Plays a flat action: (reward u_t, next observation [*O], terminated or truncated)."""
+
+    def mask(self) -> np.ndarray:
+        """Legal actions of the current state, [*A] with 1 = allowed."""
+
+    def to_play(self) -> int:
+        """The player to move, from 0."""
+
+    @property
+    def truncated(self) -> bool:
+        """True when the game was cut by a limit rather than ended by its rules."""
+
+    def close(self) -> None:
+        """Frees what the environment holds."""
