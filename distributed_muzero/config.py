@@ -141,6 +141,15 @@ class Config(Section):
     evaluator: EvaluatorConfig = EvaluatorConfig()
     run: RunConfig = RunConfig()
 
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        slack, rows = self.replay.error_buffer, self.learner.batch_size
+        if slack is not None and slack < rows:
+            raise ValueError(f"replay.error_buffer {slack} is below learner.batch_size {rows}: nothing would move")
+        if self.replay.min_size_to_sample > self.replay.max_transitions:
+            raise ValueError("replay.min_size_to_sample is above replay.max_transitions: the learner would never start")
+        return self
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 

@@ -33,7 +33,7 @@ class Episode:
     rewards: np.ndarray  # [T] float32, u_t received after a_t
     policies: np.ndarray  # [T, A] float32
     root_values: np.ndarray  # [T+1] float32; the last one is 0 if terminated, else the bootstrap ν_T
-    to_play: np.ndarray  # [T] int8, the player to move
+    to_play: np.ndarray  # [T+1] int8, the player to move
     terminated: bool
     truncated: bool
 

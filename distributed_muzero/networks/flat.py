@@ -1,0 +1,65 @@
+"""A module's weights as one contiguous float32 vector, so that optimiser, averaging and publishing are one call each."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distributed_muzero.errors import CheckpointError
+
+
+class FlatWeights:
+    """Rebinds every parameter of `module` (and its gradient) to a slice of one vector.
+
+    `vector` is a leaf parameter [P]: hand it to an optimiser. Buffers of floating type (running means) are copied in
+    behind the parameters when weights are read, and out when they are written. `layout` names each slice.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._buffers = [(name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point()]
+        parameters = list(module.named_parameters())
+        device = parameters[0][1].device if parameters else torch.device("cpu")
+        self.vector = nn.Parameter(torch.cat([p.detach().flatten().float() for _, p in parameters]).to(device))
+        self.vector.grad = torch.zeros_like(self.vector)
+        self.layout = [(name, tuple(tensor.shape)) for name, tensor in (*parameters, *self._buffers)]
+        start = 0
+        for _, parameter in parameters:
+            end = start + parameter.numel()
+            parameter.data = self.vector.data[start:end].view_as(parameter)
+            parameter.grad = self.vector.grad[start:end].view_as(parameter)
+            start = end
+
+    @property
+    def size(self) -> int:
+        return self.vector.numel() + sum(buffer.numel() for _, buffer in self._buffers)
+
+    def zero_grad(self) -> None:
+        assert self.vector.grad is not None
+        self.vector.grad.zero_()
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        """A copy of all weights, [size] float32."""
+        return torch.cat([self.vector.detach(), *(buffer.flatten().float() for _, buffer in self._buffers)]).clone()
+
+    @torch.no_grad()
+    def write(self, weights: np.ndarray | Tensor) -> None:
+        """Sets all weights from a vector [size]. Raises CheckpointError when the sizes differ."""
+        if len(weights) != self.size:
+            raise CheckpointError(f"{len(weights)} weights came, this network has {self.size}: another network or config")
+        source = torch.as_tensor(np.array(weights) if isinstance(weights, np.ndarray) else weights)
+        start = self.vector.numel()
+        self.vector.copy_(source[:start])
+        for _, buffer in self._buffers:
+            buffer.copy_(source[start : start + buffer.numel()].view_as(buffer))
+            start += buffer.numel()
+
+    def named_arrays(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """A weights vector [size] as arrays by name, for a file that others can read."""
+        arrays, start = {}, 0
+        for name, shape in self.layout:
+            size = int(np.prod(shape))
+            arrays[name] = weights[start : start + size].reshape(shape)
+            start += size
+        return arrays

@@ -1,0 +1,107 @@
+"""An actor: B games in lockstep through one batched search."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+
+import numpy as np
+
+from distributed_muzero.algorithm.acting import Game, act
+from distributed_muzero.config import Config
+from distributed_muzero.environments.base import Environment
+from distributed_muzero.networks.base import Networks
+from distributed_muzero.networks.flat import FlatWeights
+from distributed_muzero.networks.inference import SearchModel, make_search_model
+from distributed_muzero.types import Episode
+
+
+class PolicyModel:
+    """Networks with the last weights that were published, as a model for the search."""
+
+    def __init__(self, networks: Networks):
+        self._networks = networks
+        self._flat = FlatWeights(networks)
+        self.version = -1
+        self.search_model: SearchModel | None = None
+
+    def set_weights(self, version: int, weights: np.ndarray) -> None:
+        """Takes weights [P] of a newer version; an older or equal one is ignored, so versions never go back."""
+        if version <= self.version:
+            return
+        self._flat.write(weights)
+        self._networks.eval()
+        self.search_model = make_search_model(self._networks)
+        self.version = version
+
+
+class Actor:
+    """Plays and hands over finished episodes. Everything random comes from its seed."""
+
+    def __init__(
+        self,
+        make_env: Callable[[], Environment],
+        networks: Networks,
+        config: Config,
+        run_name: str,
+        index: int,
+        incarnation: int,
+    ):
+        self.config = config
+        self.model = PolicyModel(networks)
+        self.learner_step = 0
+        self._name = f"{run_name}/{index}/{incarnation}"
+        self._rng = np.random.default_rng([config.run.seed, index, incarnation])
+        self._environments = [make_env() for _ in range(config.actor.envs_per_actor)]
+        self._games = [self._start(env) for env in self._environments]
+        self._num_finished = 0
+        self.num_env_steps = 0
+        self.num_simulations = 0
+
+    def set_weights(self, version: int, weights: np.ndarray, learner_step: int) -> None:
+        """Newer weights and the learner's step, which the temperature schedule follows."""
+        self.model.set_weights(version, weights)
+        self.learner_step = max(self.learner_step, learner_step)
+
+    @property
+    def temperature(self) -> float:
+        steps = [step for step, _ in self.config.actor.temperatures]
+        return self.config.actor.temperatures[bisect_right(steps, self.learner_step) - 1][1]
+
+    def step(self) -> list[Episode]:
+        """One step of every game; returns the episodes that ended. A finished game's place starts a new one."""
+        model = self.model.search_model
+        assert model is not None, "set_weights() comes first"
+        act(
+            self._games,
+            model,
+            self.config.search,
+            self.config.algorithm.discount,
+            self.temperature,
+            noise=True,
+            rng=self._rng,
+        )
+        self.num_env_steps += len(self._games)
+        self.num_simulations += len(self._games) * self.config.search.num_simulations
+        finished = []
+        for place, game in enumerate(self._games):
+            if game.is_over:
+                finished.append(self._finish(game, model))
+                self._games[place] = self._start(self._environments[place])
+        return finished
+
+    def close(self) -> None:
+        for env in self._environments:
+            env.close()
+
+    def _start(self, env: Environment) -> Game:
+        seed = int(self._rng.integers(2**31))
+        return Game(env, self.config.environment.history_length, seed)
+
+    def _finish(self, game: Game, model: SearchModel) -> Episode:
+        # A time limit is no ending: the final observation is worth what the network says (decision 3).
+        final_value = float(model.initial(game.history[None], 1)[0][0]) if game.truncated else 0.0
+        self._num_finished += 1
+        return game.episode(
+            f"{self._name}/{self._num_finished}", self.config.environment.id, self.model.version, final_value
+        )

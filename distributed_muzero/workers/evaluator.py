@@ -1,0 +1,64 @@
+"""Evaluation: whole games without any noise, in environments of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from distributed_muzero.algorithm.acting import Game, act
+from distributed_muzero.config import Config
+from distributed_muzero.environments.base import Environment
+from distributed_muzero.networks.base import Networks
+from distributed_muzero.workers.actor import PolicyModel
+
+SEED_STREAM = 0x5EED  # keeps evaluation's games apart from every actor's
+
+
+class Evaluator:
+    """Plays greedily (temperature 0, no root noise), all games of an evaluation in lockstep."""
+
+    def __init__(self, make_env: Callable[[], Environment], networks: Networks, config: Config):
+        self.config = config
+        self.model = PolicyModel(networks)
+        self._make_env = make_env
+        self._environments: list[Environment] = []
+
+    def set_weights(self, version: int, weights: np.ndarray) -> None:
+        self.model.set_weights(version, weights)
+
+    def evaluate(self, num_episodes: int, seed: int, num_simulations: int | None = None) -> dict[str, object]:
+        """Plays `num_episodes` games seeded from `seed`: mean_return, std_return, returns, episodes, weights_version."""
+        assert self.model.search_model is not None, "set_weights() comes first"
+        rng = np.random.default_rng([seed, SEED_STREAM])
+        while len(self._environments) < num_episodes:
+            self._environments.append(self._make_env())
+        history = self.config.environment.history_length
+        games = [
+            Game(env, history, int(rng.integers(2**31))) for env in self._environments[:num_episodes]
+        ]
+        playing = games
+        while playing:
+            act(
+                playing,
+                self.model.search_model,
+                self.config.search,
+                self.config.algorithm.discount,
+                0.0,
+                noise=False,
+                rng=rng,
+                num_simulations=num_simulations,
+            )
+            playing = [game for game in playing if not game.is_over]
+        returns = [float(np.sum(game.rewards)) for game in games]
+        return {
+            "mean_return": float(np.mean(returns)),
+            "std_return": float(np.std(returns)),
+            "returns": returns,
+            "episodes": num_episodes,
+            "weights_version": self.model.version,
+        }
+
+    def close(self) -> None:
+        for env in self._environments:
+            env.close()
