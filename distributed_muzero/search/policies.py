@@ -1,0 +1,87 @@
+"""The search policies: what to prepare at the root, which selection rule to follow, what to answer."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from distributed_muzero.config import SearchConfig
+from distributed_muzero.errors import ContractError
+from distributed_muzero.search import puct
+from distributed_muzero.search.root import check_roots, dirichlet_noise, masked_softmax
+from distributed_muzero.search.simulate import Expand, make_step, run_simulations
+from distributed_muzero.search.tree import ROOT, Tree, make_tree
+from distributed_muzero.types import SearchResult
+
+
+def muzero_search(
+    root_logits: np.ndarray,
+    root_values: np.ndarray,
+    legal_mask: np.ndarray,
+    expand: Expand,
+    config: SearchConfig,
+    *,
+    discount: float,
+    rng: np.random.Generator,
+    noise: bool = True,
+    num_simulations: int | None = None,
+    dtype: DTypeLike = np.float32,
+) -> tuple[SearchResult, Tree]:
+    """MuZero's search over B independent roots (MuZero paper, appendix B; semantics of mctx's `muzero_policy`).
+
+    root_logits: [B, A].  root_values: [B].  legal_mask: [B, A] bool, applied at the root only.
+    expand: called once a simulation for the whole batch; the model keeps the embeddings, by (row, node).
+    discount: γ of an edge; negative when players alternate, values then being the player to move's.
+    noise: mixes Dirichlet noise over the legal actions into the root's prior; switch it off in evaluation.
+    num_simulations: in place of the config's.  dtype: of all numbers in the tree.
+    Raises ContractError and NonFiniteError, naming the row and the simulation.
+    """
+    root_logits, root_values, legal_mask = (np.asarray(x) for x in (root_logits, root_values, legal_mask))
+    check_roots(root_logits, root_values, legal_mask)
+    num_simulations = config.num_simulations if num_simulations is None else num_simulations
+    if num_simulations < 1:
+        raise ContractError(f"num_simulations is {num_simulations}; expected at least 1")
+
+    priors = masked_softmax(root_logits.astype(dtype, copy=False), legal_mask)
+    if noise and config.dirichlet_fraction > 0:
+        drawn = dirichlet_noise(legal_mask, config.dirichlet_alpha, rng)
+        priors = (1 - config.dirichlet_fraction) * priors + config.dirichlet_fraction * drawn
+    tree = make_tree(np.where(legal_mask, priors, -np.inf), root_values, num_simulations, dtype)
+
+    run_simulations(
+        tree,
+        _muzero_step(config.q_normalization),
+        _exploration_table(num_simulations, config.pb_c_init, config.pb_c_base, np.dtype(dtype)),
+        expand,
+        discount=discount,
+        max_depth=config.max_depth,
+        q_bounds=_first_bounds(config, len(root_values), dtype),
+    )
+    return summarize(tree), tree
+
+
+def summarize(tree: Tree) -> SearchResult:
+    """The root's answer: π = visits / their sum, ν = the root's search value (decision 9)."""
+    visit_counts = tree.children_visits[:, ROOT].copy()
+    values = tree.node_values[:, ROOT].copy()
+    weights = visit_counts / visit_counts.sum(axis=1, keepdims=True)
+    return SearchResult(weights.astype(values.dtype), values, visit_counts, tree.qvalues[:, ROOT].copy())
+
+
+def _first_bounds(config: SearchConfig, batch: int, dtype: DTypeLike) -> np.ndarray:
+    tracked = config.q_normalization == "tree_min_max"
+    bounds = np.empty((batch, 2), dtype)
+    bounds[:] = (np.inf, -np.inf) if tracked else config.min_max_bounds
+    return bounds
+
+
+_exploration_table = lru_cache(puct.exploration_table)
+
+
+@lru_cache
+def _muzero_step(q_normalization: str):
+    if q_normalization == "parent_and_siblings":
+        return make_step(puct.select_parent_and_siblings, track_bounds=False)
+    return make_step(puct.select_between_bounds, track_bounds=q_normalization == "tree_min_max")
