@@ -109,7 +109,6 @@ class LearnerConfig(Section):
     policy_weight: Annotated[float, Field(ge=0)] = 1.0
     average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # of the published moving average; 0 = the raw weights
     publish_interval: Positive = 20  # learner steps between two weights versions
-    checkpoint_interval: Positive = 2_000  # learner steps between two checkpoints
     keep_checkpoints: Positive = 3
     prefetch: Positive = 2  # batches in flight from every shard
     num_threads: Positive = 1
@@ -118,7 +117,7 @@ class LearnerConfig(Section):
 
 class EvaluatorConfig(Section):
     num_episodes: Positive = 20
-    interval_seconds: Annotated[float, Field(ge=0)] = 5.0  # pause between two evaluations
+    interval_seconds: Annotated[float, Field(ge=0)] = 3.0  # at least, between two checkpoints and their evaluations
     num_simulations: Positive | None = None  # none = the search's own
 
 

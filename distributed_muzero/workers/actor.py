@@ -14,6 +14,10 @@ from distributed_muzero.networks.base import Networks
 from distributed_muzero.networks.flat import FlatWeights
 from distributed_muzero.networks.inference import SearchModel, make_search_model
 from distributed_muzero.types import Episode
+from distributed_muzero.workers.outbox import Outbox
+from distributed_muzero.workers.run_state import ActorReport
+
+WAIT_SECONDS = 0.005  # between two offers to shards that hold the actors back
 
 
 class PolicyModel:
@@ -55,8 +59,6 @@ class Actor:
         self._environments = [make_env() for _ in range(config.actor.envs_per_actor)]
         self._games = [self._start(env) for env in self._environments]
         self._num_finished = 0
-        self.num_env_steps = 0
-        self.num_simulations = 0
 
     def set_weights(self, version: int, weights: np.ndarray, learner_step: int) -> None:
         """Newer weights and the learner's step, which the temperature schedule follows."""
@@ -81,14 +83,32 @@ class Actor:
             noise=True,
             rng=self._rng,
         )
-        self.num_env_steps += len(self._games)
-        self.num_simulations += len(self._games) * self.config.search.num_simulations
         finished = []
         for place, game in enumerate(self._games):
             if game.is_over:
                 finished.append(self._finish(game, model))
                 self._games[place] = self._start(self._environments[place])
         return finished
+
+    def play(self, outbox: Outbox, is_over: Callable[[], bool], sleep: Callable[[float], None]) -> ActorReport:
+        """Steps and delivers until `is_over()`. While the outbox is full, it waits for the shards instead."""
+        report = ActorReport()
+        num_games, num_simulations = len(self._games), self.config.search.num_simulations
+        while not is_over():
+            if outbox.is_full:
+                outbox.flush(report)
+                if outbox.is_full:
+                    sleep(WAIT_SECONDS)
+                    report.waited_seconds += WAIT_SECONDS
+                    continue
+            for episode in self.step():
+                report.returns.append(episode.episode_return)
+                report.lengths.append(episode.num_steps)
+                outbox.put(episode)
+            report.env_steps += num_games
+            report.simulations += num_games * num_simulations
+        outbox.flush(report)
+        return report
 
     def close(self) -> None:
         for env in self._environments:

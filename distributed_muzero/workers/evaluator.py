@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -27,10 +27,15 @@ class Evaluator:
     def set_weights(self, version: int, weights: np.ndarray) -> None:
         self.model.set_weights(version, weights)
 
-    def evaluate(self, num_episodes: int, seed: int, num_simulations: int | None = None) -> dict[str, object]:
-        """Plays `num_episodes` games seeded from `seed`: mean_return, std_return, returns, episodes, weights_version."""
+    def evaluate(
+        self, num_episodes: int, seeds: Sequence[int], num_simulations: int | None = None
+    ) -> dict[str, object]:
+        """Plays games whose starts follow from `seeds`: mean_return, std_return, returns, episodes, weights_version.
+
+        num_simulations: in place of the config's. Two evaluations share their games only if they share their seeds.
+        """
         assert self.model.search_model is not None, "set_weights() comes first"
-        rng = np.random.default_rng([seed, SEED_STREAM])
+        rng = np.random.default_rng([*seeds, SEED_STREAM])
         while len(self._environments) < num_episodes:
             self._environments.append(self._make_env())
         history = self.config.environment.history_length

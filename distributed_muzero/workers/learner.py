@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from distributed_muzero.errors import ConfigError
 from distributed_muzero.networks.base import Networks
 from distributed_muzero.networks.flat import FlatWeights
 from distributed_muzero.types import Batch
+from distributed_muzero.workers.run_state import LearnerReport
 
 
 class Learner:
@@ -70,6 +72,17 @@ class Learner:
             "train/staleness": float(self.version - batch.weights_versions.mean()),
         }
 
+    def learn(self, batches: Iterable[Batch]) -> LearnerReport:
+        """Steps on the batches until the next weights version is due, or there are no more."""
+        version, first_step = self.version, self.num_steps
+        sums: Counter[str] = Counter()
+        for batch in batches:
+            sums.update(self.step(batch))
+            if self.version > version:
+                break
+        steps = self.num_steps - first_step
+        return LearnerReport(self.num_steps, self.version, {name: value / steps for name, value in sums.items()})
+
     def weights(self) -> tuple[int, np.ndarray]:
         """The current version and its weights [P] float32: the moving average, not the last step."""
         return self.version, self.average.cpu().numpy().copy()
@@ -85,6 +98,22 @@ class Learner:
             },
         }
         return arrays, {"learner_steps": self.num_steps, "weights_version": self.version}
+
+    def restore(
+        self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any], min_version: int = 0
+    ) -> None:
+        """Goes on from what `state()` gave. The version starts at `min_version` or later, so it never goes back."""
+        self.average = torch.from_numpy(self.flat.vector_of(arrays["weights"])).to(self.device)
+        adam = dict(arrays["optimizer"])
+        self.flat.write(adam.pop("vector"))
+        if adam:
+            self.optimizer.state[self.flat.vector] = {
+                # Adam keeps its step count as a tensor of its own, on the CPU unless it is fused on a GPU.
+                name: torch.from_numpy(value.copy()).to(self.device)
+                for name, value in adam.items()
+            }
+        self.num_steps = int(state["learner_steps"])
+        self.version = max(int(state["weights_version"]), min_version)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         # What comes through the object store is read-only; torch only warns, and nothing here writes to it.

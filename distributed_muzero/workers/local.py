@@ -3,23 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from distributed_muzero.config import Config
-from distributed_muzero.environments.registry import make_environment
-from distributed_muzero.networks.base import Networks
-from distributed_muzero.networks.registry import make_networks
-from distributed_muzero.types import Episode
-from distributed_muzero.workers.actor import Actor
+from distributed_muzero.types import Batch, Episode
+from distributed_muzero.workers.bookkeeper import Bookkeeper
+from distributed_muzero.workers.builder import Builder
 from distributed_muzero.workers.evaluator import Evaluator
 from distributed_muzero.workers.learner import Learner
-from distributed_muzero.workers.replay_shard import ReplayShard
+from distributed_muzero.workers.outbox import Outbox
+from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
+
+MAX_LEARNER_STEPS_A_TURN = 32
 
 
-def build_networks(config: Config) -> Networks:
-    """Networks that fit the environment; the same seed gives the same start everywhere."""
-    env = make_environment(config.environment)
+def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Callable[[], bool]) -> str:
+    """Runs the loop until a limit of `config.run` or a request to stop; returns the reason in words."""
+    builder = Builder(config, run_name)
+    shards = [builder.replay_shard(index) for index in range(config.replay.num_shards)]
+    learner, evaluator = builder.learner(), builder.evaluator(builder.networks())
+    actors = [builder.actor(index, 0) for index in range(config.actor.num_actors)]
+
+    def insert(offers: dict[int, list[Episode]]) -> dict[int, list[InsertReply]]:
+        return {index: shards[index].insert(episodes) for index, episodes in offers.items()}
+
+    outboxes = [Outbox(insert, len(shards), config.actor.max_unacknowledged) for _ in actors]
     try:
-        return make_networks(env.spec, config.environment.history_length, config.network, config.run.seed)
+        while True:
+            for actor, outbox in zip(actors, outboxes, strict=True):
+                actor.set_weights(*learner.weights(), learner.num_steps)
+                one_turn = iter((False, True))
+                book.state.add_actor_report(actor.play(outbox, lambda turns=one_turn: next(turns), no_sleep))
+            book.state.add_learner_report(learner.learn(ready_batches(shards)))
+            book.tick([shard.stats() for shard in shards], num_actors=len(actors))
+            reason = book.state.stop_reason() or ("a stop was asked for" if stop_requested() else None)
+            if book.evaluation_is_due(learner.num_steps) or (reason and learner.num_steps):
+                evaluate(learner, evaluator, book)
+                reason = reason or book.state.stop_reason()
+            if reason:
+                return reason
     finally:
-        env.close()
+        for part in (*actors, evaluator):
+            part.close()
+
+
+def ready_batches(shards: list[ReplayShard]) -> Iterator[Batch]:
+    """Batches from the shards in turn, until one has none or the actors' turn has come."""
+    for _ in range(MAX_LEARNER_STEPS_A_TURN):
+        for shard in shards:
+            batch = shard.sample()
+            if batch is None:
+                return
+            yield batch
+
+
+def evaluate(learner: Learner, evaluator: Evaluator, book: Bookkeeper) -> None:
+    """Writes a checkpoint and plays with just what it holds."""
+    arrays, state = learner.state()
+    path = book.write_checkpoint(arrays, state)
+    evaluator.set_weights(*learner.weights())
+    config = evaluator.config
+    seeds = (config.run.seed, learner.num_steps)
+    result = evaluator.evaluate(config.evaluator.num_episodes, seeds, config.evaluator.num_simulations)
+    book.add_evaluation(result, path, state["learner_steps"])
+
+
+def no_sleep(seconds: float) -> None:
+    """Nobody to wait for: in one process, the others have their turn when this one returns."""

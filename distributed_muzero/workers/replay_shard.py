@@ -92,6 +92,13 @@ class ReplayShard:
             self.ring.columns, rows, self.history_length, self.algorithm.num_unroll_steps, weights, self.rng
         )
 
+    def sample_many(self, num_batches: int) -> list[Batch]:
+        """Up to `num_batches` batches; fewer, or none, where the limiter holds the learner back."""
+        batches: list[Batch] = []
+        while len(batches) < num_batches and (batch := self.sample()) is not None:
+            batches.append(batch)
+        return batches
+
     def stats(self) -> dict[str, float]:
         """Counts since the shard began; see observability/metrics.py for their meaning."""
         ring, limiter = self.ring, self.limiter

@@ -1,0 +1,35 @@
+"""`bench`: speed, measured here and now."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from distributed_muzero.errors import ConfigError
+
+app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+
+
+@app.command()
+def search(
+    batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,64,256",
+    simulations: Annotated[int, typer.Option(min=1, help="Simulations a search.")] = 50,
+    against: Annotated[str | None, typer.Option(help="Also run this one on the same network: mctx.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
+) -> None:
+    """Simulations per second of the search on the yardstick network E64, on one thread."""
+    from distributed_muzero.benchmarks import search as benchmark
+
+    if against not in (None, "mctx"):
+        raise ConfigError(f"--against {against!r}: only mctx is known")
+    try:
+        sizes = tuple(int(size) for size in batches.split(","))
+    except ValueError:
+        raise ConfigError(f"--batches {batches!r}: expected numbers separated by commas, such as 1,64") from None
+    result = benchmark.run(batches=sizes, simulations=simulations, against_mctx=against == "mctx")
+    if as_json:
+        print(json.dumps(result))
+    else:
+        benchmark.print_table(result)

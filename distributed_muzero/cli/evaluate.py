@@ -1,0 +1,61 @@
+"""`evaluate`: noise-free games of a run's best checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from distributed_muzero.run_folder import RunFolder
+
+
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A run's name, or the path of its folder.")],
+    episodes: Annotated[int, typer.Option(min=1, help="Games to play.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Where the games' starts come from.")] = 10_000,
+    simulations: Annotated[int | None, typer.Option(min=1, help="In place of the run's own.")] = None,
+    runs_dir: Annotated[Path, typer.Option(help="The folder of all runs.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
+) -> None:
+    """Play games with a run's best checkpoint: greedy, without noise, in environments of its own."""
+    from distributed_muzero.run_folder import open_run
+
+    result = evaluate_run(open_run(run, runs_dir), episodes, (seed,), simulations)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_result(result)
+
+
+def evaluate_run(
+    folder: RunFolder, num_episodes: int, seeds: Sequence[int], num_simulations: int | None
+) -> dict[str, Any]:
+    """Evaluates the best checkpoint, or the last one where none was evaluated. Raises CheckpointError."""
+    from distributed_muzero import checkpoint
+    from distributed_muzero.errors import CheckpointError
+    from distributed_muzero.networks.flat import FlatWeights
+    from distributed_muzero.workers.builder import Builder
+
+    saved = checkpoint.best_or_latest(folder.checkpoints)
+    if saved is None:
+        raise CheckpointError(f"run {folder.name} has no checkpoint yet in {folder.checkpoints}; train it for longer")
+    builder = Builder(folder.config, folder.name)
+    networks = builder.networks()
+    evaluator = builder.evaluator(networks)
+    evaluator.set_weights(saved.state["weights_version"], FlatWeights(networks).vector_of(saved.tensors["weights"]))
+    try:
+        result = evaluator.evaluate(num_episodes, seeds, num_simulations)
+    finally:
+        evaluator.close()
+    return {**result, "checkpoint": saved.path.name}
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    print(
+        f"evaluation of {result['checkpoint']} (weights version {result['weights_version']}), {result['episodes']} games "
+        f"without noise: mean return {result['mean_return']:.1f} ± {result['std_return']:.1f}"
+    )

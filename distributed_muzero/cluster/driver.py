@@ -1,0 +1,273 @@
+"""The driver: compares what runs with what was asked for, and acts on the difference.
+
+It owns every process of the run and the newest weights; it is the only place that creates, replaces or kills. All
+calls are asynchronous: the loop waits for whichever is done first and never for one in particular.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from distributed_muzero import checkpoint
+from distributed_muzero.cluster.program import ActorWorker, EvaluatorWorker, LearnerWorker, ReplayShardWorker
+from distributed_muzero.cluster.run_control import NAMESPACE, RunControl
+from distributed_muzero.config import Config
+from distributed_muzero.errors import DistributedMuZeroError, RunError
+from distributed_muzero.workers.bookkeeper import Bookkeeper
+
+PLAY_SECONDS = 0.25
+TRAIN_SECONDS = 1.0  # at most; a call ends when the next weights version is due
+LEARNER_CALLS_IN_FLIGHT = 2  # so that the learner never waits for the driver
+CALL_TIMEOUT_SECONDS = 120.0  # also covers the start of the process behind the call
+EXCHANGE_SECONDS = 0.5
+MAX_FAILURES_IN_A_ROW = 5
+
+
+class Published(NamedTuple):
+    """The newest weights: one vector in the object store, owned by the driver, so it outlives the learner."""
+
+    version: int
+    learner_steps: int
+    weights: Any  # ObjectRef of [P] float32
+
+
+@dataclass
+class Role:
+    """One process of the run: who it is now, and how often it came to grief since it last did something."""
+
+    name: str
+    make: Callable[[int], Any]  # incarnation -> handle
+    handle: Any = None
+    incarnation: int = -1
+    failures_in_a_row: int = 0
+
+    def start(self) -> None:
+        self.incarnation += 1
+        self.handle = self.make(self.incarnation)
+
+
+@dataclass
+class Call:
+    role: Role
+    on_result: Callable[[Any], None]
+    deadline: float
+
+
+class Driver:
+    """Runs one run to its end. Ray must be initialised."""
+
+    def __init__(self, config: Config, run_name: str, book: Bookkeeper, stop_requested: Callable[[], bool]):
+        self.config = config
+        self.run_name = run_name
+        self.book = book
+        self.stop_requested = stop_requested
+        self.num_restarts = 0
+        self.calls: dict[Any, Call] = {}
+        self.published: Published | None = None
+        self.num_desired_actors = config.actor.num_actors
+        self.shard_stats: dict[int, dict[str, float]] = {}
+        self._is_evaluating = False
+        self._was_told_to_stop = False
+        self._next_exchange = 0.0
+
+    def run(self) -> str:
+        """Plays and learns until a limit of the run or a request to stop; returns the reason in words."""
+        self._create()
+        while True:
+            self._handle_results()
+            self._reconcile()
+            self.book.tick(
+                list(self.shard_stats.values()), num_actors=self._num_live_actors(), num_restarts=self.num_restarts
+            )
+            reason = self.book.state.stop_reason()
+            if reason is None and (self.stop_requested() or self._was_told_to_stop):
+                reason = "a stop was asked for"
+            if reason:
+                self._write_last_checkpoint()
+                return reason
+
+    # What runs ------------------------------------------------------------------------------------------------
+
+    def _create(self) -> None:
+        config, name = self.config, self.run_name
+        self.control = Role("run control", lambda _: self._make_control())
+        self.control.start()
+        self.shards = [ReplayShardWorker.remote(config, name, index) for index in range(config.replay.num_shards)]
+        num_gpus = 1 if config.learner.device != "cpu" and ray.cluster_resources().get("GPU", 0) else 0
+        self.learner = Role(
+            "learner", lambda _: LearnerWorker.options(num_gpus=num_gpus).remote(config, name, self.shards)
+        )
+        self.evaluator = Role("evaluator", lambda _: EvaluatorWorker.remote(config, name))
+        self.actors: list[Role] = []
+        self._start_learner()
+        self.evaluator.start()
+        self._reconcile()
+
+    def _make_control(self) -> Any:
+        options = {"name": self.run_name, "namespace": NAMESPACE}
+        return RunControl.options(**options).remote(self.num_desired_actors)
+
+    def _start_learner(self) -> None:
+        self.learner.start()
+        saved = checkpoint.latest_checkpoint(self.book.folder.checkpoints)
+        if saved is not None:
+            min_version = self.published.version + 1 if self.published else 0
+            restored = self.learner.handle.restore.remote(saved.tensors, saved.state, min_version)
+            self._call(self.learner, restored, lambda _: None)
+        if self.published is None:
+            self._call(self.learner, self.learner.handle.weights.remote(), self._on_first_weights)
+        for _ in range(LEARNER_CALLS_IN_FLIGHT):
+            self._train()
+
+    def _reconcile(self) -> None:
+        while len(self.actors) < self.num_desired_actors:
+            index = len(self.actors)
+            role = Role(f"actor {index}", lambda incarnation, index=index: self._make_actor(index, incarnation))  # type: ignore[misc]
+            self.actors.append(role)
+            role.start()
+            self._play(role)
+        while len(self.actors) > self.num_desired_actors:
+            self._forget(role := self.actors.pop())
+            ray.kill(role.handle)
+        now = time.monotonic()
+        if now >= self._next_exchange:
+            self._next_exchange = now + EXCHANGE_SECONDS
+            self._exchange()
+        for call_id, call in list(self.calls.items()):
+            if now > call.deadline and call_id in self.calls:
+                self._replace(call.role, RunError(f"no answer within {CALL_TIMEOUT_SECONDS:g} s"))
+        if not self._is_evaluating and self.book.evaluation_is_due(self.book.state.learner.learner_steps):
+            self._is_evaluating = True
+            self._call(self.learner, self.learner.handle.state.remote(), self._on_learner_state)
+
+    def _make_actor(self, index: int, incarnation: int) -> Any:
+        return ActorWorker.remote(self.config, self.run_name, index, incarnation, self.shards)
+
+    def _num_live_actors(self) -> int:
+        return sum(role.failures_in_a_row == 0 for role in self.actors)
+
+    # What it asks of them, and what it does with the answers ---------------------------------------------------
+
+    def _play(self, role: Role) -> None:
+        if self.published is None:  # the first weights are still on their way; _on_first_weights starts everybody
+            return
+        version, steps, weights = self.published
+        call = role.handle.play.remote(version, weights, steps, PLAY_SECONDS)
+        self._call(role, call, lambda report: self._on_play(role, report))
+
+    def _on_play(self, role: Role, report: Any) -> None:
+        self.book.state.add_actor_report(report)
+        if report.num_rejected:
+            self.book.progress.message(f"{role.name}: {report.num_rejected} rejected, last: {report.last_rejection}")
+        if role in self.actors:
+            self._play(role)
+
+    def _on_first_weights(self, answer: tuple[int, Any]) -> None:
+        version, weights = answer
+        self.published = Published(version, 0, ray.put(weights))
+        for role in self.actors:
+            self._play(role)
+
+    def _train(self) -> None:
+        handle = self.learner.handle
+        report, weights = handle.train.options(num_returns=2).remote(TRAIN_SECONDS)
+        self._call(self.learner, report, lambda value: self._on_train(value, weights))
+
+    def _on_train(self, report: Any, weights: Any) -> None:
+        self.book.state.add_learner_report(report)
+        if self.published is None or report.weights_version > self.published.version:
+            self.published = Published(report.weights_version, report.learner_steps, weights)
+        self._train()
+
+    def _on_learner_state(self, answer: Any) -> None:
+        (arrays, state), weights = answer
+        path = self.book.write_checkpoint(arrays, state)
+        steps = state["learner_steps"]
+        call = self.evaluator.handle.evaluate.remote(
+            state["weights_version"], weights, (self.config.run.seed, steps)
+        )
+        self._call(self.evaluator, call, lambda result: self._on_evaluation(result, path, steps))
+
+    def _on_evaluation(self, result: Any, path: Any, steps: int) -> None:
+        self._is_evaluating = False
+        self.book.add_evaluation(result, path, steps)
+
+    def _exchange(self) -> None:
+        status = {"env_steps": self.book.state.env_steps, "learner_steps": self.book.state.learner.learner_steps}
+        self._call(self.control, self.control.handle.exchange.remote(status), self._on_exchange)
+        for index, shard in enumerate(self.shards):
+            role = Role(f"replay shard {index}", lambda _: None, shard)
+            self._call(role, shard.stats.remote(), lambda stats, index=index: self.shard_stats.update({index: stats}))  # type: ignore[misc]
+
+    def _on_exchange(self, desired: dict[str, Any]) -> None:
+        self.num_desired_actors = desired["num_actors"]
+        self._was_told_to_stop = desired["stop"]
+
+    # Calls, and what happens when one is lost -------------------------------------------------------------------
+
+    def _call(self, role: Role, call: Any, on_result: Callable[[Any], None]) -> None:
+        self.calls[call] = Call(role, on_result, time.monotonic() + CALL_TIMEOUT_SECONDS)
+
+    def _handle_results(self) -> None:
+        done, _ = ray.wait(list(self.calls), num_returns=1, timeout=0.1, fetch_local=False)
+        for ready in done:
+            call = self.calls.pop(ready)
+            try:
+                result = ray.get(ready)
+            except RayTaskError as error:
+                cause = error.cause
+                if isinstance(cause, DistributedMuZeroError):
+                    raise cause from None  # its message says what to do; trying again would not help
+                self._replace(call.role, cause)
+            except RayError as error:
+                self._replace(call.role, error)
+            else:
+                call.role.failures_in_a_row = 0
+                call.on_result(result)
+
+    def _replace(self, role: Role, error: BaseException) -> None:
+        """Starts a lost process anew and gives it its work. A shard is brought back by Ray itself."""
+        if role.handle in self.shards:
+            return
+        self._forget(role)
+        self.num_restarts += 1
+        role.failures_in_a_row += 1
+        short = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if role.failures_in_a_row > MAX_FAILURES_IN_A_ROW:
+            raise RunError(f"the {role.name} failed {role.failures_in_a_row} times in a row, last: {error}")
+        self.book.progress.message(f"the {role.name} was lost ({short}); starting another")
+        ray.kill(role.handle)
+        if role is self.learner:
+            self._is_evaluating = False
+            self._start_learner()
+        elif role is self.control:
+            # Its name is free again once Ray has seen it dead; until then the wishes stay as they are.
+            self._next_exchange = time.monotonic() + 5.0
+            role.handle = RunControl.options(name=self.run_name, namespace=NAMESPACE, get_if_exists=True).remote(
+                self.num_desired_actors
+            )
+        else:
+            role.start()
+            if role is self.evaluator:
+                self._is_evaluating = False
+            elif role in self.actors:
+                self._play(role)
+
+    def _forget(self, role: Role) -> None:
+        for ready in [ready for ready, call in self.calls.items() if call.role is role]:
+            del self.calls[ready]
+
+    def _write_last_checkpoint(self) -> None:
+        try:
+            (arrays, state), _ = ray.get(self.learner.handle.state.remote(), timeout=CALL_TIMEOUT_SECONDS)
+        except RayActorError as error:
+            self.book.progress.message(f"the last checkpoint could not be written, the learner is gone: {error}")
+            return
+        if state["learner_steps"]:
+            self.book.write_checkpoint(arrays, state)

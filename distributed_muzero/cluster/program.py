@@ -1,0 +1,144 @@
+"""Every remote class of a run on one page. Each is a thin shell: what it does stands in the worker it wraps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from distributed_muzero.config import Config
+from distributed_muzero.types import Batch, Episode
+from distributed_muzero.workers.builder import Builder
+from distributed_muzero.workers.outbox import Outbox
+from distributed_muzero.workers.replay_shard import InsertReply
+from distributed_muzero.workers.run_state import ActorReport, LearnerReport
+
+BATCHES_PER_CALL = 4
+REST_SECONDS = 0.005  # before a shard that had nothing is asked again
+LOST_REST_SECONDS = 0.5  # before a shard that was lost is asked again
+INSERT_TIMEOUT_SECONDS = 20.0
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class ReplayShardWorker:
+    def __init__(self, config: Config, run_name: str, index: int):
+        self.shard = Builder(config, run_name).replay_shard(index)
+
+    def insert(self, episodes: list[Episode]) -> list[InsertReply]:
+        return self.shard.insert(episodes)
+
+    def sample(self, num_batches: int) -> list[Batch]:
+        return self.shard.sample_many(num_batches)
+
+    def stats(self) -> dict[str, float]:
+        return self.shard.stats()
+
+
+@ray.remote(num_cpus=1)
+class ActorWorker:
+    def __init__(self, config: Config, run_name: str, index: int, incarnation: int, shards: list[Any]):
+        self.actor = Builder(config, run_name).actor(index, incarnation)
+        self.outbox = Outbox(RemoteInsert(shards), len(shards), config.actor.max_unacknowledged)
+
+    def play(self, version: int, weights: np.ndarray, learner_step: int, seconds: float) -> ActorReport:
+        self.actor.set_weights(version, weights, learner_step)
+        deadline = time.monotonic() + seconds
+        return self.actor.play(self.outbox, lambda: time.monotonic() >= deadline, time.sleep)
+
+
+@ray.remote(num_cpus=0)
+class LearnerWorker:
+    def __init__(self, config: Config, run_name: str, shards: list[Any]):
+        self.learner = Builder(config, run_name).learner()
+        self.batches = BatchStream(shards, config.learner.prefetch)
+
+    def restore(self, arrays: Any, state: dict[str, Any], min_version: int) -> None:
+        self.learner.restore(arrays, state, min_version)
+
+    def weights(self) -> tuple[int, np.ndarray]:
+        return self.learner.weights()
+
+    def train(self, seconds: float) -> tuple[LearnerReport, np.ndarray]:
+        report = self.learner.learn(self.batches.until(time.monotonic() + seconds))
+        return report, self.learner.weights()[1]
+
+    def state(self) -> tuple[Any, np.ndarray]:
+        return self.learner.state(), self.learner.weights()[1]
+
+
+@ray.remote(num_cpus=0)
+class EvaluatorWorker:
+    def __init__(self, config: Config, run_name: str):
+        self.config = config.evaluator
+        builder = Builder(config, run_name)
+        self.evaluator = builder.evaluator(builder.networks())
+
+    def evaluate(self, version: int, weights: np.ndarray, seeds: tuple[int, ...]) -> dict[str, object]:
+        self.evaluator.set_weights(version, weights)
+        return self.evaluator.evaluate(self.config.num_episodes, seeds, self.config.num_simulations)
+
+
+class RemoteInsert:
+    """An actor's way to the shards: one call each, all at once. A shard that doesn't answer is left out."""
+
+    def __init__(self, shards: list[Any]):
+        self._shards = shards
+
+    def __call__(self, offers: dict[int, list[Episode]]) -> dict[int, list[InsertReply]]:
+        calls = {index: self._shards[index].insert.remote(episodes) for index, episodes in offers.items()}
+        deadline = time.monotonic() + INSERT_TIMEOUT_SECONDS
+        replies = {}
+        for index, call in calls.items():
+            try:
+                replies[index] = ray.get(call, timeout=max(deadline - time.monotonic(), 0.01))
+            except (RayActorError, GetTimeoutError):
+                continue  # offered again later, under the same ids
+        return replies
+
+
+class BatchStream:
+    """The learner's way to the shards: `prefetch` calls in flight to each, whichever answers first."""
+
+    def __init__(self, shards: list[Any], prefetch: int):
+        self._shards = shards
+        self._prefetch = prefetch
+        self._calls: dict[Any, int] = {}
+        self._wake = [0.0] * len(shards)  # when a resting shard is asked again
+        self._ready: list[Batch] = []
+
+    def until(self, deadline: float) -> Iterator[Batch]:
+        """Batches as they come, until `deadline` (monotonic seconds)."""
+        while time.monotonic() < deadline:
+            if self._ready:
+                yield self._ready.pop()
+                continue
+            self._ask()
+            if not self._calls:
+                time.sleep(REST_SECONDS)
+                continue
+            done, _ = ray.wait(list(self._calls), timeout=max(deadline - time.monotonic(), 0))
+            for call in done:
+                self._take(call)
+
+    def _ask(self) -> None:
+        in_flight = list(self._calls.values())
+        for index, shard in enumerate(self._shards):
+            if time.monotonic() >= self._wake[index]:
+                for _ in range(self._prefetch - in_flight.count(index)):
+                    self._calls[shard.sample.remote(BATCHES_PER_CALL)] = index
+
+    def _take(self, call: Any) -> None:
+        index = self._calls.pop(call)
+        try:
+            batches = ray.get(call)
+        except RayActorError:
+            self._wake[index] = time.monotonic() + LOST_REST_SECONDS
+            return
+        if not batches:
+            self._wake[index] = time.monotonic() + REST_SECONDS
+        self._ready.extend(batches)
+        self._ask()

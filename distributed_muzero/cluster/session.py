@@ -1,0 +1,41 @@
+"""A Ray for one command: started here and ended with it, or the one that the environment points to."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import ray
+
+from distributed_muzero.cluster.driver import Driver
+from distributed_muzero.cluster.run_control import NAMESPACE
+from distributed_muzero.config import Config
+from distributed_muzero.workers.bookkeeper import Bookkeeper
+
+
+def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Callable[[], bool]) -> str:
+    """The same as `workers.local.train`, with the roles as processes."""
+    with ray_session(config.actor.num_actors):
+        return Driver(config, run_name, book, stop_requested).run()
+
+
+@contextmanager
+def ray_session(num_actors: int, **options: object) -> Iterator[None]:
+    """Connects to RAY_ADDRESS if it is set; else starts a Ray on this machine and ends it afterwards."""
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # Every actor asks for a whole CPU; on a small machine they share what is there.
+        options = {"num_cpus": max(os.cpu_count() or 1, num_actors), "include_dashboard": False, **options}
+    ray.init(
+        address=address or "local",
+        namespace=NAMESPACE,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        **options,  # type: ignore[arg-type]
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,97 @@
+"""Writes down what a run does: metrics, evaluations, checkpoints, its status, and the view in the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distributed_muzero import checkpoint
+from distributed_muzero.config import Config
+from distributed_muzero.observability.progress import Progress
+from distributed_muzero.observability.recorder import Recorder
+from distributed_muzero.run_folder import RunFolder
+from distributed_muzero.workers.run_state import RunState
+
+TICK_SECONDS = 1.0
+
+
+class Bookkeeper:
+    """The one writer of a run's folder. Every evaluation is of a checkpoint, so that what did best can be loaded."""
+
+    def __init__(
+        self, config: Config, folder: RunFolder, progress: Progress, clock: Callable[[], float] = time.monotonic
+    ):
+        self.config = config
+        self.folder = folder
+        self.progress = progress
+        self.state = RunState(config.run, clock)
+        self._clock = clock
+        self._recorder = Recorder(folder)
+        self._next_tick = clock() + TICK_SECONDS
+        self._last_evaluation = clock()
+        self._evaluated_step = 0
+        self._best_return = -np.inf
+
+    def tick(self, shards: Iterable[Mapping[str, float]], *, num_actors: int, num_restarts: int = 0) -> None:
+        """Once a second: records the metrics and shows them."""
+        if self._clock() < self._next_tick:
+            return
+        self._next_tick = self._clock() + TICK_SECONDS
+        metrics = self.state.metrics(shards)
+        metrics["actors/desired"] = self.config.actor.num_actors
+        metrics["actors/live"] = num_actors
+        metrics["actors/restarts"] = num_restarts
+        self._recorder.record(metrics, self.state.env_steps)
+        self.progress.update(metrics)
+        self.write_status("running", metrics)
+
+    def evaluation_is_due(self, learner_steps: int) -> bool:
+        """Whether the pause is over and there is something new to evaluate."""
+        waited = self._clock() - self._last_evaluation >= self.config.evaluator.interval_seconds
+        return waited and learner_steps > self._evaluated_step
+
+    def write_checkpoint(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any]) -> Path:
+        """Writes what `Learner.state()` gave and prunes old ones. Its evaluation is under way from now on."""
+        step = int(state["learner_steps"])
+        self._last_evaluation, self._evaluated_step = self._clock(), step
+        path = checkpoint.write_checkpoint(
+            self.folder.checkpoints, step, arrays, {**state, "env_steps": self.state.env_steps}
+        )
+        checkpoint.prune_checkpoints(self.folder.checkpoints, self.config.learner.keep_checkpoints)
+        return path
+
+    def add_evaluation(self, result: Mapping[str, Any], path: Path, learner_steps: int) -> None:
+        """Records an evaluation of the checkpoint at `path`; the best one so far is kept from pruning."""
+        result = {**result, "checkpoint": path.name, "learner_steps": learner_steps}
+        self.state.evaluation = result
+        self._recorder.record_evaluation({**result, "env_steps": self.state.env_steps, "seconds": self.state.seconds})
+        self.progress.update({"eval/mean_return": result["mean_return"], "eval/std_return": result["std_return"]})
+        if result["mean_return"] >= self._best_return and path.exists():
+            self._best_return = result["mean_return"]
+            checkpoint.mark_best(self.folder.checkpoints, learner_steps, self._best_return)
+        self._last_evaluation = self._clock()
+
+    def write_status(self, status: str, metrics: Mapping[str, float] | None = None) -> None:
+        state = self.state
+        self.folder.write_status(
+            {
+                "run": self.folder.name,
+                "state": status,
+                "env_steps": state.env_steps,
+                "episodes": state.episodes,
+                "learner_steps": state.learner.learner_steps,
+                "weights_version": state.learner.weights_version,
+                "seconds": round(state.seconds, 1),
+                "mean_return": (metrics or {}).get("rollout/ep_rew_mean"),
+                "evaluation": state.evaluation and state.evaluation["mean_return"],
+            }
+        )
+
+    def close(self, status: str) -> None:
+        """The last lines: `status` is finished, stopped or failed."""
+        self.write_status(status)
+        self._recorder.close()

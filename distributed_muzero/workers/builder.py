@@ -1,0 +1,67 @@
+"""From a config to the parts of a run; the same call works in any process.
+
+Only the parts with networks import torch, when they are made: a replay shard's process stays a third of the size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from distributed_muzero.config import Config
+from distributed_muzero.environments.base import Environment
+from distributed_muzero.environments.registry import make_environment
+from distributed_muzero.workers.replay_shard import ReplayShard
+
+if TYPE_CHECKING:
+    from distributed_muzero.networks.base import Networks
+    from distributed_muzero.workers.actor import Actor
+    from distributed_muzero.workers.evaluator import Evaluator
+    from distributed_muzero.workers.learner import Learner
+
+
+class Builder:
+    """Makes the parts of a run from its config. The same seed makes the same networks in every process."""
+
+    def __init__(self, config: Config, run_name: str):
+        self.config = config
+        self.run_name = run_name
+        probe = self.environment()
+        self.spec = probe.spec
+        probe.close()
+
+    def environment(self) -> Environment:
+        return make_environment(self.config.environment)
+
+    def networks(self) -> Networks:
+        from distributed_muzero.networks.registry import make_networks
+
+        config = self.config
+        return make_networks(self.spec, config.environment.history_length, config.network, config.run.seed)
+
+    def actor(self, index: int, incarnation: int) -> Actor:
+        from distributed_muzero.workers.actor import Actor
+
+        return Actor(self.environment, self.networks(), self.config, self.run_name, index, incarnation)
+
+    def learner(self) -> Learner:
+        from distributed_muzero.workers.learner import Learner
+
+        return Learner(self.networks(), self.config.learner)
+
+    def evaluator(self, networks: Networks) -> Evaluator:
+        from distributed_muzero.workers.evaluator import Evaluator
+
+        return Evaluator(self.environment, networks, self.config)
+
+    def replay_shard(self, index: int) -> ReplayShard:
+        config = self.config
+        return ReplayShard(
+            self.spec,
+            config.replay,
+            config.algorithm,
+            config.environment.history_length,
+            config.learner.batch_size,
+            seed=int(np.random.SeedSequence([config.run.seed, index]).generate_state(1)[0]),
+        )

@@ -1,0 +1,131 @@
+"""What is known of a run while it goes on: counts, rates, the last evaluation, and whether it is over.
+
+The loop in one process and the driver of a cluster both feed one of these, so that both stop by the same rules and
+report the same metrics.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from distributed_muzero.config import RunConfig
+
+RETURNS_WINDOW = 100  # episodes in the mean return, as the field's tools report it
+
+
+@dataclass
+class ActorReport:
+    """What an actor did since its last report."""
+
+    env_steps: int = 0
+    simulations: int = 0
+    returns: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    num_rejected: int = 0
+    last_rejection: str = ""
+    waited_seconds: float = 0.0
+
+
+@dataclass
+class LearnerReport:
+    """What the learner did since its last report; `metrics` are means over its steps."""
+
+    learner_steps: int = 0  # since the run began
+    weights_version: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    waited_seconds: float = 0.0
+
+
+class RunState:
+    def __init__(self, config: RunConfig, clock: Callable[[], float]):
+        self.config = config
+        self._clock = clock
+        self._began = self._last_time = clock()
+        self._last_counts = (0, 0, 0)
+        self._returns: deque[float] = deque(maxlen=RETURNS_WINDOW)
+        self._lengths: deque[int] = deque(maxlen=RETURNS_WINDOW)
+        self.env_steps = 0
+        self.simulations = 0
+        self.episodes = 0
+        self.learner = LearnerReport()
+        self.evaluation: dict[str, object] | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self._clock() - self._began
+
+    def add_actor_report(self, report: ActorReport) -> None:
+        self.env_steps += report.env_steps
+        self.simulations += report.simulations
+        self.episodes += len(report.returns)
+        self._returns.extend(report.returns)
+        self._lengths.extend(report.lengths)
+
+    def add_learner_report(self, report: LearnerReport) -> None:
+        # A learner that could not step has nothing new to say of its losses.
+        self.learner = LearnerReport(
+            max(report.learner_steps, self.learner.learner_steps),
+            max(report.weights_version, self.learner.weights_version),
+            report.metrics or self.learner.metrics,
+            self.learner.waited_seconds + report.waited_seconds,
+        )
+
+    def stop_reason(self) -> str | None:
+        """Why the run is over, in words; None while it isn't."""
+        limits = self.config
+        if limits.max_env_steps is not None and self.env_steps >= limits.max_env_steps:
+            return f"{self.env_steps} environment steps were played"
+        if limits.max_train_steps is not None and self.learner.learner_steps >= limits.max_train_steps:
+            return f"{self.learner.learner_steps} learner steps were made"
+        if limits.max_minutes is not None and self.seconds >= 60 * limits.max_minutes:
+            return f"{limits.max_minutes:g} minutes are over"
+        if limits.stop_at_return is not None and self.evaluation is not None:
+            mean = float(self.evaluation["mean_return"])  # type: ignore[arg-type]
+            if mean >= limits.stop_at_return:
+                return f"an evaluation reached a mean return of {mean:.1f}"
+        return None
+
+    def metrics(self, shards: Iterable[dict[str, float]]) -> dict[str, float]:
+        """All of the run's metrics under their public names; rates are over the time since the last call."""
+        now = self._clock()
+        counts = (self.env_steps, self.simulations, self.learner.learner_steps)
+        interval = max(now - self._last_time, 1e-9)
+        env_rate, simulation_rate, learner_rate = (
+            (count - last) / interval for count, last in zip(counts, self._last_counts, strict=True)
+        )
+        self._last_time, self._last_counts = now, counts
+        metrics = {
+            "time/seconds": self.seconds,
+            "rollout/env_steps": self.env_steps,
+            "rollout/env_steps_per_second": env_rate,
+            "rollout/episodes": self.episodes,
+            "search/simulations_per_second": simulation_rate,
+            "train/learner_steps": self.learner.learner_steps,
+            "train/learner_steps_per_second": learner_rate,
+            "weights/version": self.learner.weights_version,
+            **self.learner.metrics,
+            **replay_metrics(list(shards)),
+        }
+        if self._returns:
+            metrics["rollout/ep_rew_mean"] = sum(self._returns) / len(self._returns)
+            metrics["rollout/ep_len_mean"] = sum(self._lengths) / len(self._lengths)
+        return metrics
+
+
+def replay_metrics(shards: list[dict[str, float]]) -> dict[str, float]:
+    """The sums of the shards' counts, and the ratio that their limiters hold."""
+    total: dict[str, float] = {}
+    for stats in shards:
+        for name, value in stats.items():
+            total[name] = total.get(name, 0) + value
+    if not total:
+        return {}
+    return {
+        "replay/transitions": total["transitions"],
+        "replay/episodes": total["episodes"],
+        "replay/evicted_transitions": total["evicted_transitions"],
+        "replay/rejected_episodes": total["rejected_episodes"],
+        "replay/samples_per_insert": total["sampled_rows"] / max(total["inserted_transitions"], 1),
+    }
