@@ -1,0 +1,180 @@
+"""A run's folder: where everything that a run leaves behind lies, and the rules for its name.
+
+runs/<name>/ config.yaml  status.json  metrics.jsonl  evaluations.jsonl  tensorboard/  checkpoints/  replay/
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distributed_muzero.config import Config, make_config
+from distributed_muzero.errors import ConfigError, RunError
+from distributed_muzero.files import to_json, write_atomically
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+MAX_LISTED = 20  # runs named in an error
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An existing run: its folder, its configuration as read back from it, and the paths in it."""
+
+    path: Path  # absolute
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def status_file(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations_file(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def replay(self) -> Path:
+        return self.path / "replay"
+
+    def write_status(self, status: Mapping[str, Any]) -> None:
+        """Replaces status.json at once: a reader never meets half. Raises RunError if the disk refuses."""
+        try:
+            write_atomically(self.status_file, to_json(status, indent=2))
+        except OSError as error:
+            raise RunError(f"can't write {self.status_file}: {error}; the old one is intact") from error
+
+    def read_status(self) -> dict[str, Any] | None:
+        """The last status; None before the first. Raises RunError if the file can't be read."""
+        try:
+            return json.loads(self.status_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"can't read {self.status_file}: {error}; the run writes it anew when it goes on"
+            ) from None
+
+
+def create_run(runs_dir: Path | str, name: str | None, config: Config) -> RunFolder:
+    """Makes the folder of a new run and writes its config.yaml.
+
+    Without a name, `default_run_name` gives one that is free. Raises RunError for a name that isn't allowed
+    or is taken, and when the folder can't be written.
+    """
+    root = Path(runs_dir)
+    chosen = name if name is not None else _free_name(root, default_run_name(config))
+    path = _inside(root, chosen)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        path.mkdir()
+        for folder in ("tensorboard", "checkpoints", "replay"):
+            (path / folder).mkdir()
+        write_atomically(path / "config.yaml", config.to_yaml().encode())
+    except FileExistsError:
+        raise RunError(
+            f"run {chosen!r} exists already in {root}; go on with it by --resume, or choose another --name"
+            if path.exists()
+            else f"the runs folder {root} is a file; choose another --runs-dir"
+        ) from None
+    except OSError as error:
+        raise RunError(f"can't make the run's folder {path}: {error}; choose another --runs-dir") from None
+    return RunFolder(path, config)
+
+
+def open_run(run: Path | str, runs_dir: Path | str = "runs") -> RunFolder:
+    """Opens a run by its name in `runs_dir`, or by the path of its folder, wherever that lies.
+
+    Raises RunError if there is none or its config.yaml can't be used, naming the runs that exist.
+    """
+    root, text = Path(runs_dir), str(run)
+    if NAME.fullmatch(text) and (root / text).exists():
+        path = _inside(root, text)
+    elif (Path(text) / "config.yaml").is_file():
+        path = Path(text).resolve()
+    else:
+        raise RunError(_missing(text, root))
+    return RunFolder(path, _read_config(path / "config.yaml"))
+
+
+def run_names(runs_dir: Path | str) -> list[str]:
+    """The runs in a folder, newest first."""
+    found = [path.parent for path in Path(runs_dir).glob("*/config.yaml")]
+    found.sort(key=lambda path: (path / "config.yaml").stat().st_mtime, reverse=True)
+    return [path.name for path in found]
+
+
+def default_run_name(config: Config, now: datetime.datetime | None = None) -> str:
+    """Environment, local time, seed: `cartpole-20261121-014500-1`."""
+    now = datetime.datetime.now() if now is None else now
+    unversioned = re.sub(r"-v\d+$", "", config.environment.id)
+    environment = re.sub(r"[^a-z0-9]+", "-", unversioned.lower()).strip("-")[:32] or "run"
+    return f"{environment}-{now:%Y%m%d-%H%M%S}-{config.run.seed}"
+
+
+def _free_name(root: Path, name: str) -> str:
+    candidates = [name, *(f"{name}-{number}" for number in range(2, 1000))]
+    return next((candidate for candidate in candidates if not (root / candidate).exists()), name)
+
+
+def _inside(root: Path, name: str) -> Path:
+    """The absolute path of a run's folder. Raises RunError if the name isn't allowed or leads elsewhere."""
+    if not NAME.fullmatch(name):
+        raise RunError(
+            f"run name {name!r}: expected 1 to 64 letters, digits and _ . - (the first a letter or digit)"
+        )
+    path = (root / name).resolve()
+    if path != root.resolve() / name:
+        raise RunError(f"run {name!r} leads out of {root}, to {path}; give that folder's path instead")
+    return path
+
+
+def _read_config(path: Path) -> Config:
+    try:
+        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path.parent} isn't a run's folder: it has no config.yaml") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunError(f"can't read the run's {path}: {error}") from None
+    if not isinstance(sections, dict):
+        raise RunError(f"the run's {path} isn't a mapping of sections; restore it, or start a new run")
+    try:
+        return make_config(sections)
+    except ConfigError as error:
+        raise RunError(f"the run's {path} doesn't fit this version: {error}") from None
+
+
+def _missing(run: str, root: Path) -> str:
+    names = run_names(root)
+    if not names:
+        return f"no run {run!r}: {root} holds no runs yet; name another --runs-dir, or a run's folder"
+    close = difflib.get_close_matches(run, names, n=1, cutoff=0.5)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return f"no run {run!r} in {root}{hint}. Runs there, newest first: {', '.join(names[:MAX_LISTED])}{more}"

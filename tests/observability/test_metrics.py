@@ -1,0 +1,17 @@
+import re
+
+import pytest
+
+from distributed_muzero.observability.metrics import METRICS, check_known
+
+
+def test_every_metric_has_a_grouped_name_a_unit_and_a_help():
+    for name, metric in METRICS.items():
+        assert name == metric.name and re.fullmatch(r"[a-z]+/[a-z_]+", name)
+        assert metric.unit and metric.help and metric.kind in ("counter", "gauge")
+
+
+def test_an_unknown_name_is_an_error_with_the_nearest_one():
+    check_known(METRICS)
+    with pytest.raises(ValueError, match=r"unknown metric 'train/los' \(did you mean 'train/loss'\?\)"):
+        check_known(["train/loss", "train/los"])
