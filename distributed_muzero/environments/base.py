@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ class EnvironmentSpec(NamedTuple):
 
     @property
     def num_actions(self) -> int:
-        return int(np.prod(self.action_shape))
+        return math.prod(self.action_shape)
 
 
 class Environment(Protocol):
