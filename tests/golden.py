@@ -1,7 +1,7 @@
 """Checks the search against golden cases: `python tests/golden.py FOLDER [--policy muzero|gumbel] [--json]`.
 
-Integers of the tree must be equal, floats within 1e-4, in float64. Exit code 0: all agree; 1: some don't; 2: nothing
-could be checked. The cases' format stands in fixtures/golden_search/README.md.
+Integers of the tree must be equal, floats within 1e-4, in float64. Exit code 0: all agree; 1: some don't;
+2: nothing could be checked. The cases' format stands in fixtures/golden_search/README.md.
 """
 
 from __future__ import annotations

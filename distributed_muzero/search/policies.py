@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike
 from distributed_muzero.config import SearchConfig
 from distributed_muzero.errors import ContractError
 from distributed_muzero.search import puct
-from distributed_muzero.search.root import check_roots, dirichlet_noise, masked_softmax
+from distributed_muzero.search.root import NO_NOISE, dirichlet_logits, plant_roots
 from distributed_muzero.search.simulate import Expand, make_step, run_simulations
 from distributed_muzero.search.tree import ROOT, Tree, make_tree
 from distributed_muzero.types import SearchResult
@@ -29,7 +29,7 @@ def muzero_search(
     num_simulations: int | None = None,
     dtype: DTypeLike = np.float32,
 ) -> tuple[SearchResult, Tree]:
-    """MuZero's search over B independent roots (MuZero paper, appendix B; semantics of mctx's `muzero_policy`).
+    """MuZero's search over B independent roots (MuZero paper, appendix B; trees as in mctx).
 
     root_logits: [B, A].  root_values: [B].  legal_mask: [B, A] bool, applied at the root only.
     expand: called once a simulation for the whole batch; the model keeps the embeddings, by (row, node).
@@ -38,18 +38,18 @@ def muzero_search(
     num_simulations: in place of the config's.  dtype: of all numbers in the tree.
     Raises ContractError and NonFiniteError, naming the row and the simulation.
     """
-    root_logits, root_values, legal_mask = (np.asarray(x) for x in (root_logits, root_values, legal_mask))
-    check_roots(root_logits, root_values, legal_mask)
+    root_logits, root_values = np.asarray(root_logits, dtype), np.asarray(root_values, dtype)
+    if root_logits.ndim != 2 or root_logits.size == 0:
+        raise ContractError(f"root_logits has shape {root_logits.shape}; expected [B, A], neither of them 0")
     num_simulations = config.num_simulations if num_simulations is None else num_simulations
     if num_simulations < 1:
         raise ContractError(f"num_simulations is {num_simulations}; expected at least 1")
+    batch, num_actions = root_logits.shape
 
-    priors = masked_softmax(root_logits.astype(dtype, copy=False), legal_mask)
-    if noise and config.dirichlet_fraction > 0:
-        drawn = dirichlet_noise(legal_mask, config.dirichlet_alpha, rng)
-        priors = (1 - config.dirichlet_fraction) * priors + config.dirichlet_fraction * drawn
-    tree = make_tree(np.where(legal_mask, priors, -np.inf), root_values, num_simulations, dtype)
-
+    tree = make_tree(batch, num_actions, num_simulations, dtype)
+    fraction = config.dirichlet_fraction if noise else 0.0
+    drawn = dirichlet_logits(root_logits.shape, config.dirichlet_alpha, rng) if fraction > 0 else NO_NOISE
+    plant_roots(tree, root_logits, root_values, np.asarray(legal_mask), drawn, fraction)
     run_simulations(
         tree,
         _muzero_step(config.q_normalization),
@@ -57,7 +57,7 @@ def muzero_search(
         expand,
         discount=discount,
         max_depth=config.max_depth,
-        q_bounds=_first_bounds(config, len(root_values), dtype),
+        q_bounds=_first_bounds(config, batch, dtype),
     )
     return summarize(tree), tree
 

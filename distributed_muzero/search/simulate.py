@@ -26,8 +26,8 @@ class Expansion(NamedTuple):
     discounts: np.ndarray | None = None  # [B] of the edge; none = the search's constant
 
 
-# expand(parents, actions, children), each [B] int32 and valid during the call only. The model keeps the embeddings,
-# by (row, node). A child may exist already: at max_depth it is asked about again.
+# expand(parents, actions, children), each [B] int32 and valid during the call only. The model keeps the
+# embeddings, by (row, node). A child may exist already: at max_depth it is asked about again.
 Expand = Callable[[np.ndarray, np.ndarray, np.ndarray], Expansion]
 
 Select = Callable[
@@ -48,10 +48,10 @@ _SOURCES_DIGEST = _sources_digest()
 
 
 def make_step(select: Select, *, track_bounds: bool) -> Callable[..., int]:
-    """Compiles the one call that a simulation costs: back up simulation i − 1, then descend for simulation i.
+    """Compiles the one call that a simulation costs: back up simulation i − 1, descend for simulation i.
 
-    `select` is a plain function marked `register_jitable`, not a compiled one: numba pickles it by name, which keeps
-    the cache on disk valid in the next process.
+    `select` is a plain function marked `register_jitable`, not a compiled one: numba pickles it by name, which
+    keeps the cache on disk valid in the next process.
     """
     digest = _SOURCES_DIGEST
 
@@ -59,7 +59,7 @@ def make_step(select: Select, *, track_bounds: bool) -> Callable[..., int]:
     def step(
         nodes, edges, q_bounds, settings, leaves, made, max_depth, rewards, values, prior_logits, discounts
     ):
-        """`made` nodes exist, the root among them. Returns -1, or the first row with a number that isn't finite."""
+        """`made` nodes exist, the root among them. Returns -1, or the first row that isn't finite."""
         assert digest >= 0  # keeps the digest in the closure, and so in the cache's key
         num_rows, num_nodes = nodes.shape
         for row in range(num_rows):
@@ -98,7 +98,8 @@ def run_simulations(
     """Grows `tree` until it is full, with one call of `expand` a simulation.
 
     settings: what the selection rule reads. q_bounds: [B, 2], changed if the step tracks bounds.
-    Raises ContractError for a wrong shape and NonFiniteError for NaN or Inf from the model, naming the simulation.
+    Raises ContractError for a wrong shape and NonFiniteError for NaN or Inf from the model; both name the
+    simulation.
     """
     nodes, edges = tree
     batch, num_nodes = nodes.shape
@@ -135,14 +136,14 @@ def run_simulations(
 def _wrong_shape(simulation: int, expansion: Expansion, batch: int, num_actions: int) -> ContractError:
     came = {name: np.shape(value) for name, value in expansion._asdict().items() if value is not None}
     return ContractError(
-        f"expand at simulation {simulation} gave shapes {came}; expected ({batch},) for rewards, values and discounts "
-        f"and ({batch}, {num_actions}) for prior_logits"
+        f"expand at simulation {simulation} gave shapes {came}; expected ({batch},) for rewards, values and "
+        f"discounts, and ({batch}, {num_actions}) for prior_logits"
     )
 
 
 def _not_finite(simulation: int, row: int, expansion: Expansion) -> NonFiniteError:
     came = {name: value[row].tolist() for name, value in expansion._asdict().items()}
     return NonFiniteError(
-        f"expand at simulation {simulation} gave numbers for row {row} that aren't finite, or grow past the float "
-        f"type when backed up: {came}; check the network's weights and inputs"
+        f"expand at simulation {simulation} gave numbers for row {row} that aren't finite, or grow past the "
+        f"float type when backed up: {came}; check the network's weights and inputs"
     )

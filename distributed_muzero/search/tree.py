@@ -3,9 +3,10 @@
     nodes [B, N]      node 0 is the root; node i + 1 is the one that simulation i expanded
     edges [B, N, A]   what selection reads for each action of a node, side by side in memory
 
-Two arrays of records, not a dozen of numbers: an edge is 16 bytes in float32, so the children of a small node share
-a cache line, and a compiled call takes two arguments where twelve would cost more than a simulation at batch 1.
-The named columns (`tree.node_visits`, `tree.children_index`, …) are views or are derived on demand.
+Two arrays of records rather than a dozen plain ones: an edge is 16 bytes in float32, so the edges of a
+small node share a cache line; and a compiled call takes two arguments, where handing over twelve costs more
+than the simulation itself at batch 1. The named columns (`tree.node_visits`, `tree.children_index`, …) are views of the
+records or derived from them.
 """
 
 from __future__ import annotations
@@ -107,31 +108,20 @@ def record_dtypes(dtype: np.dtype) -> tuple[np.dtype, np.dtype]:
     return np.dtype(node, align=True), np.dtype(edge, align=True)
 
 
-def make_tree(
-    root_priors: np.ndarray, root_values: np.ndarray, num_simulations: int, dtype: DTypeLike
-) -> Tree:
-    """Trees that hold only their roots, each visited once with the network's value.
-
-    root_priors: [B, A] probabilities, negative infinity where the action is forbidden: such an edge scores below
-    every other in any selection rule that adds a multiple of the prior. root_values: [B].
-    """
-    batch, num_actions = root_priors.shape
+def make_tree(batch: int, num_actions: int, num_simulations: int, dtype: DTypeLike) -> Tree:
+    """Trees with room for one node a simulation and nothing in them yet, not even the roots."""
     node_dtype, edge_dtype = record_dtypes(np.dtype(dtype))
     nodes = np.zeros((batch, num_simulations + 1), node_dtype)
     edges = np.zeros((batch, num_simulations + 1, num_actions), edge_dtype)
     nodes["parent"] = NONE
     nodes["action"] = NONE
     edges["child"] = NONE
-    root = nodes[:, ROOT]
-    root["visits"] = 1
-    root["value"] = root["raw_value"] = root_values
-    edges["prior"][:, ROOT] = root_priors
     return Tree(nodes, edges)
 
 
-@register_jitable
+@register_jitable(forceinline=True)
 def write_priors(edges, row, node, prior_logits):
-    """Softmax of one row of logits into the node's edges. False if they aren't finite (−inf alone is allowed)."""
+    """Softmax of one row of logits into the node's edges. False for NaN, +inf, or nothing but −inf."""
     num_actions = prior_logits.shape[1]
     highest = prior_logits[row, 0]
     for action in range(1, num_actions):
@@ -147,7 +137,7 @@ def write_priors(edges, row, node, prior_logits):
     return np.isfinite(total)
 
 
-@register_jitable
+@register_jitable(forceinline=True)
 def attach(nodes, row, parent, action, child, value, reward, discount):
     """Writes what the model said about a child. One that exists (met again at max_depth) is valued afresh.
 
@@ -163,12 +153,12 @@ def attach(nodes, row, parent, action, child, value, reward, discount):
     node.discount = discount
 
 
-@register_jitable
+@register_jitable(forceinline=True)
 def backup(nodes, edges, q_bounds, track_bounds, row, leaf):
-    """Carries the leaf's value to the root:  G ← reward + discount · G  at each edge, a running mean at each node.
+    """Carries the leaf's value to the root:  G ← reward + discount · G  at each edge, a mean at each node.
 
     With `track_bounds`, q_bounds[row] widens to hold the new value of every edge on the way.
-    Returns the root's G: not finite exactly if something on the path wasn't, which saves checking each input.
+    Returns the root's G. It isn't finite if anything on the path wasn't, which saves checking each input.
     """
     node = leaf
     returns = nodes[row, leaf].value
