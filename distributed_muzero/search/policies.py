@@ -38,7 +38,10 @@ def muzero_search(
     num_simulations: in place of the config's.  dtype: of all numbers in the tree.
     Raises ContractError and NonFiniteError, naming the row and the simulation.
     """
-    root_logits, root_values = np.asarray(root_logits, dtype), np.asarray(root_values, dtype)
+    root_logits, root_values = (
+        np.array(root_logits, dtype, order="C"),
+        np.array(root_values, dtype, order="C"),
+    )
     if root_logits.ndim != 2 or root_logits.size == 0:
         raise ContractError(f"root_logits has shape {root_logits.shape}; expected [B, A], neither of them 0")
     num_simulations = config.num_simulations if num_simulations is None else num_simulations
@@ -49,7 +52,7 @@ def muzero_search(
     tree = make_tree(batch, num_actions, num_simulations, dtype)
     fraction = config.dirichlet_fraction if noise else 0.0
     drawn = dirichlet_logits(root_logits.shape, config.dirichlet_alpha, rng) if fraction > 0 else NO_NOISE
-    plant_roots(tree, root_logits, root_values, np.asarray(legal_mask), drawn, fraction)
+    plant_roots(tree, root_logits, root_values, np.array(legal_mask, order="C"), drawn, fraction)
     run_simulations(
         tree,
         _muzero_step(config.q_normalization),

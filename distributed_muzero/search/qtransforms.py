@@ -28,7 +28,7 @@ def parent_and_siblings(nodes, edges, row, node):
 
 @register_jitable(forceinline=True)
 def between_bounds(q_bounds, row):
-    """The spread of a row, q_bounds[row] = (lowest, highest): fixed (`min_max`) or tracked (`tree_min_max`).
+    """The spread of a row, q_bounds[row]: fixed (`min_max`) or tracked (`tree_min_max`).
 
     Tracked, these are the min-max statistics of the MuZero paper's pseudocode with no bounds known beforehand:
     - They hold every edge value reward + discount · value(child) that a backup wrote during this search. So

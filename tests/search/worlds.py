@@ -1,0 +1,77 @@
+"""Random finite worlds to search, for tests."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from distributed_muzero.config import SearchConfig
+from distributed_muzero.search import Expansion, Tree, muzero_search
+from distributed_muzero.types import SearchResult
+
+
+class World(NamedTuple):
+    """A finite deterministic MDP and B roots in it. Roots have values and logits of their own."""
+
+    next_state: np.ndarray  # [S, A]
+    reward: np.ndarray  # [S, A]
+    discount: np.ndarray  # [S, A]; 0 = the edge ends the game
+    value: np.ndarray  # [S]
+    logits: np.ndarray  # [S, A]
+    root_state: np.ndarray  # [B]
+    root_value: np.ndarray  # [B]
+    root_logits: np.ndarray  # [B, A]
+    legal_mask: np.ndarray  # [B, A] bool
+
+    def rows(self, rows: list[int]) -> World:
+        """The same world with these roots only."""
+        roots = ("root_state", "root_value", "root_logits", "legal_mask")
+        return self._replace(**{name: getattr(self, name)[rows] for name in roots})
+
+
+def make_world(
+    seed: int, batch: int = 3, num_actions: int = 3, num_states: int = 6, discount: float = 0.97
+) -> World:
+    rng = np.random.default_rng(seed)
+    edges = (num_states, num_actions)
+    legal = rng.random((batch, num_actions)) < 0.7
+    legal[np.arange(batch), rng.integers(num_actions, size=batch)] = True
+    return World(
+        rng.integers(num_states, size=edges),
+        rng.normal(size=edges),
+        np.where(rng.random(edges) < 0.1, 0.0, discount),
+        rng.normal(size=num_states),
+        2 * rng.normal(size=edges),
+        rng.integers(num_states, size=batch),
+        rng.normal(size=batch),
+        2 * rng.normal(size=(batch, num_actions)),
+        legal,
+    )
+
+
+def search_world(
+    world: World, config: SearchConfig, *, noise: bool = False, seed: int = 0, dtype: DTypeLike = np.float64
+) -> tuple[SearchResult, Tree]:
+    """Our search in the world, with the states kept by (row, node) as a model keeps embeddings."""
+    states = np.zeros((len(world.root_state), config.num_simulations + 1), np.int64)
+    states[:, 0] = world.root_state
+    rows = np.arange(len(states))
+
+    def expand(parents: np.ndarray, actions: np.ndarray, children: np.ndarray) -> Expansion:
+        edge = (states[rows, parents], actions)
+        after = states[rows, children] = world.next_state[edge]
+        return Expansion(world.reward[edge], world.value[after], world.logits[after], world.discount[edge])
+
+    return muzero_search(
+        world.root_logits,
+        world.root_value,
+        world.legal_mask,
+        expand,
+        config,
+        discount=1.0,
+        rng=np.random.default_rng(seed),
+        noise=noise,
+        dtype=dtype,
+    )
