@@ -20,14 +20,16 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
 ) -> None:
     """Simulations per second of the search on the yardstick network E64, on one thread."""
-    from distributed_muzero.benchmarks import search as benchmark
-
     if against not in (None, "mctx"):
         raise ConfigError(f"--against {against!r}: only mctx is known")
     try:
         sizes = tuple(int(size) for size in batches.split(","))
     except ValueError:
-        raise ConfigError(f"--batches {batches!r}: expected numbers separated by commas, such as 1,64") from None
+        raise ConfigError(
+            f"--batches {batches!r}: expected numbers separated by commas, such as 1,64"
+        ) from None
+    from distributed_muzero.benchmarks import search as benchmark
+
     result = benchmark.run(batches=sizes, simulations=simulations, against_mctx=against == "mctx")
     if as_json:
         print(json.dumps(result))

@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from distributed_muzero.config import Config, load_file, load_preset, make_config, parse_overrides, preset_names
+from distributed_muzero.config import (
+    Config,
+    load_file,
+    load_preset,
+    make_config,
+    parse_overrides,
+    preset_names,
+)
 from distributed_muzero.errors import ConfigError
 
 app = typer.Typer(help="Show presets, values and the schema of the configuration.", no_args_is_help=True)
@@ -18,7 +25,9 @@ app = typer.Typer(help="Show presets, values and the schema of the configuration
 def show(
     preset: Annotated[str | None, typer.Option(help="A shipped preset.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")
+    ] = None,
 ) -> None:
     """Print the whole configuration as YAML: the defaults, a preset or a file, with overrides."""
     if preset is not None and config is not None:

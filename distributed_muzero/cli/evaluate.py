@@ -42,11 +42,15 @@ def evaluate_run(
 
     saved = checkpoint.best_or_latest(folder.checkpoints)
     if saved is None:
-        raise CheckpointError(f"run {folder.name} has no checkpoint yet in {folder.checkpoints}; train it for longer")
+        raise CheckpointError(
+            f"run {folder.name} has no checkpoint yet in {folder.checkpoints}; train it for longer"
+        )
     builder = Builder(folder.config, folder.name)
     networks = builder.networks()
     evaluator = builder.evaluator(networks)
-    evaluator.set_weights(saved.state["weights_version"], FlatWeights(networks).vector_of(saved.tensors["weights"]))
+    evaluator.set_weights(
+        saved.state["weights_version"], FlatWeights(networks).vector_of(saved.tensors["weights"])
+    )
     try:
         result = evaluator.evaluate(num_episodes, seeds, num_simulations)
     finally:

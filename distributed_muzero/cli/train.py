@@ -11,7 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from distributed_muzero.config import Config, load_file, load_preset, make_config, parse_overrides, preset_names
+from distributed_muzero.config import (
+    Config,
+    load_file,
+    load_preset,
+    make_config,
+    parse_overrides,
+    preset_names,
+)
 from distributed_muzero.errors import ConfigError
 
 FINAL_EVALUATION_STREAM = 1  # seeds that no evaluation during training used
@@ -19,26 +26,34 @@ FINAL_EVALUATION_STREAM = 1  # seeds that no evaluation during training used
 
 def train(
     preset: Annotated[str | None, typer.Option(help="A shipped preset; `config presets` lists them.")] = None,
-    env: Annotated[str | None, typer.Option(help="An environment's id with the default config; see `envs`.")] = None,
+    env: Annotated[
+        str | None, typer.Option(help="An environment's id with the default config; see `envs`.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of config sections.")] = None,
     name: Annotated[str | None, typer.Option(help="The run's name; made up when absent.")] = None,
     runs_dir: Annotated[Path, typer.Option(help="The folder of all runs.")] = Path("runs"),
     seed: Annotated[int | None, typer.Option(help="run.seed")] = None,
     actors: Annotated[int | None, typer.Option(help="actor.num_actors: actor processes.")] = None,
-    envs_per_actor: Annotated[int | None, typer.Option(help="actor.envs_per_actor: games in lockstep.")] = None,
+    envs_per_actor: Annotated[
+        int | None, typer.Option(help="actor.envs_per_actor: games in lockstep.")
+    ] = None,
     shards: Annotated[int | None, typer.Option(help="replay.num_shards")] = None,
     max_env_steps: Annotated[int | None, typer.Option(help="Stop after so many environment steps.")] = None,
     max_train_steps: Annotated[int | None, typer.Option(help="Stop after so many learner steps.")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes.")] = None,
-    stop_at_return: Annotated[float | None, typer.Option(help="Stop when an evaluation reaches this mean.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+    stop_at_return: Annotated[
+        float | None, typer.Option(help="Stop when an evaluation reaches this mean.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")
+    ] = None,
     in_process: Annotated[bool, typer.Option("--in-process", help="One process, without Ray.")] = False,
 ) -> None:
     """Train on an environment: one learner, shards, actors and an evaluator, until a limit is reached or Ctrl-C.
 
     The first Ctrl-C ends the run with a checkpoint, a second one at once.
     """
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "run": {
             "seed": seed,
             "max_env_steps": max_env_steps,
@@ -54,7 +69,10 @@ def train(
         for section, values in options.items()
     }
     run_training(
-        make_config(_source(preset, env, config), given, parse_overrides(set_ or [])), name, runs_dir, in_process
+        make_config(_source(preset, env, config), given, parse_overrides(set_ or [])),
+        name,
+        runs_dir,
+        in_process,
     )
 
 
@@ -72,6 +90,7 @@ def run_training(config: Config, name: str | None, runs_dir: Path, in_process: b
     """Makes the run's folder, trains, evaluates what did best, and says where everything lies."""
     from distributed_muzero.cli.evaluate import evaluate_run, print_result
     from distributed_muzero.environments.registry import make_environment
+    from distributed_muzero.networks.registry import check_name
     from distributed_muzero.observability.progress import Progress
     from distributed_muzero.run_folder import create_run
 
@@ -81,7 +100,9 @@ def run_training(config: Config, name: str | None, runs_dir: Path, in_process: b
         from distributed_muzero.cluster.session import train as train_loop
     from distributed_muzero.workers.bookkeeper import Bookkeeper
 
-    make_environment(config.environment).close()  # a wrong id must not leave a run's folder behind
+    # What can't be made must not leave a run's folder behind.
+    check_name(config.network.name)
+    make_environment(config.environment).close()
     folder = create_run(runs_dir, name, config)
     with Progress(limits=config.run) as progress, stop_on_signal(progress) as stop:
         progress.message(f"run {folder.name} in {folder.path}")

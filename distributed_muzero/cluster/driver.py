@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import ray
@@ -83,7 +84,9 @@ class Driver:
             self._handle_results()
             self._reconcile()
             self.book.tick(
-                list(self.shard_stats.values()), num_actors=self._num_live_actors(), num_restarts=self.num_restarts
+                list(self.shard_stats.values()),
+                num_actors=self._num_live_actors(),
+                num_restarts=self.num_restarts,
             )
             reason = self.book.state.stop_reason()
             if reason is None and (self.stop_requested() or self._was_told_to_stop):
@@ -98,7 +101,9 @@ class Driver:
         config, name = self.config, self.run_name
         self.control = Role("run control", lambda _: self._make_control())
         self.control.start()
-        self.shards = [ReplayShardWorker.remote(config, name, index) for index in range(config.replay.num_shards)]
+        self.shards = [
+            ReplayShardWorker.remote(config, name, index) for index in range(config.replay.num_shards)
+        ]
         num_gpus = 1 if config.learner.device != "cpu" and ray.cluster_resources().get("GPU", 0) else 0
         self.learner = Role(
             "learner", lambda _: LearnerWorker.options(num_gpus=num_gpus).remote(config, name, self.shards)
@@ -106,7 +111,6 @@ class Driver:
         self.evaluator = Role("evaluator", lambda _: EvaluatorWorker.remote(config, name))
         self.actors: list[Role] = []
         self._start_learner()
-        self.evaluator.start()
         self._reconcile()
 
     def _make_control(self) -> Any:
@@ -127,8 +131,7 @@ class Driver:
 
     def _reconcile(self) -> None:
         while len(self.actors) < self.num_desired_actors:
-            index = len(self.actors)
-            role = Role(f"actor {index}", lambda incarnation, index=index: self._make_actor(index, incarnation))  # type: ignore[misc]
+            role = Role(f"actor {len(self.actors)}", partial(self._make_actor, len(self.actors)))
             self.actors.append(role)
             role.start()
             self._play(role)
@@ -155,7 +158,9 @@ class Driver:
     # What it asks of them, and what it does with the answers ---------------------------------------------------
 
     def _play(self, role: Role) -> None:
-        if self.published is None:  # the first weights are still on their way; _on_first_weights starts everybody
+        if (
+            self.published is None
+        ):  # the first weights are still on their way; _on_first_weights starts everybody
             return
         version, steps, weights = self.published
         call = role.handle.play.remote(version, weights, steps, PLAY_SECONDS)
@@ -164,7 +169,9 @@ class Driver:
     def _on_play(self, role: Role, report: Any) -> None:
         self.book.state.add_actor_report(report)
         if report.num_rejected:
-            self.book.progress.message(f"{role.name}: {report.num_rejected} rejected, last: {report.last_rejection}")
+            self.book.progress.message(
+                f"{role.name}: {report.num_rejected} rejected, last: {report.last_rejection}"
+            )
         if role in self.actors:
             self._play(role)
 
@@ -189,6 +196,8 @@ class Driver:
         (arrays, state), weights = answer
         path = self.book.write_checkpoint(arrays, state)
         steps = state["learner_steps"]
+        if self.evaluator.handle is None:  # its start would have slowed down that of the others
+            self.evaluator.start()
         call = self.evaluator.handle.evaluate.remote(
             state["weights_version"], weights, (self.config.run.seed, steps)
         )
@@ -199,11 +208,14 @@ class Driver:
         self.book.add_evaluation(result, path, steps)
 
     def _exchange(self) -> None:
-        status = {"env_steps": self.book.state.env_steps, "learner_steps": self.book.state.learner.learner_steps}
+        status = {
+            "env_steps": self.book.state.env_steps,
+            "learner_steps": self.book.state.learner.learner_steps,
+        }
         self._call(self.control, self.control.handle.exchange.remote(status), self._on_exchange)
         for index, shard in enumerate(self.shards):
             role = Role(f"replay shard {index}", lambda _: None, shard)
-            self._call(role, shard.stats.remote(), lambda stats, index=index: self.shard_stats.update({index: stats}))  # type: ignore[misc]
+            self._call(role, shard.stats.remote(), partial(self.shard_stats.__setitem__, index))
 
     def _on_exchange(self, desired: dict[str, Any]) -> None:
         self.num_desired_actors = desired["num_actors"]
@@ -249,9 +261,9 @@ class Driver:
         elif role is self.control:
             # Its name is free again once Ray has seen it dead; until then the wishes stay as they are.
             self._next_exchange = time.monotonic() + 5.0
-            role.handle = RunControl.options(name=self.run_name, namespace=NAMESPACE, get_if_exists=True).remote(
-                self.num_desired_actors
-            )
+            role.handle = RunControl.options(
+                name=self.run_name, namespace=NAMESPACE, get_if_exists=True
+            ).remote(self.num_desired_actors)
         else:
             role.start()
             if role is self.evaluator:
@@ -267,7 +279,9 @@ class Driver:
         try:
             (arrays, state), _ = ray.get(self.learner.handle.state.remote(), timeout=CALL_TIMEOUT_SECONDS)
         except RayActorError as error:
-            self.book.progress.message(f"the last checkpoint could not be written, the learner is gone: {error}")
+            self.book.progress.message(
+                f"the last checkpoint could not be written, the learner is gone: {error}"
+            )
             return
         if state["learner_steps"]:
             self.book.write_checkpoint(arrays, state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,11 @@ class Bookkeeper:
     """The one writer of a run's folder. Every evaluation is of a checkpoint, so that what did best can be loaded."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, progress: Progress, clock: Callable[[], float] = time.monotonic
+        self,
+        config: Config,
+        folder: RunFolder,
+        progress: Progress,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.config = config
         self.folder = folder
@@ -36,7 +40,7 @@ class Bookkeeper:
         self._evaluated_step = 0
         self._best_return = -np.inf
 
-    def tick(self, shards: Iterable[Mapping[str, float]], *, num_actors: int, num_restarts: int = 0) -> None:
+    def tick(self, shards: Sequence[Mapping[str, float]], *, num_actors: int, num_restarts: int = 0) -> None:
         """Once a second: records the metrics and shows them."""
         if self._clock() < self._next_tick:
             return
@@ -54,7 +58,9 @@ class Bookkeeper:
         waited = self._clock() - self._last_evaluation >= self.config.evaluator.interval_seconds
         return waited and learner_steps > self._evaluated_step
 
-    def write_checkpoint(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any]) -> Path:
+    def write_checkpoint(
+        self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any]
+    ) -> Path:
         """Writes what `Learner.state()` gave and prunes old ones. Its evaluation is under way from now on."""
         step = int(state["learner_steps"])
         self._last_evaluation, self._evaluated_step = self._clock(), step
@@ -68,8 +74,12 @@ class Bookkeeper:
         """Records an evaluation of the checkpoint at `path`; the best one so far is kept from pruning."""
         result = {**result, "checkpoint": path.name, "learner_steps": learner_steps}
         self.state.evaluation = result
-        self._recorder.record_evaluation({**result, "env_steps": self.state.env_steps, "seconds": self.state.seconds})
-        self.progress.update({"eval/mean_return": result["mean_return"], "eval/std_return": result["std_return"]})
+        self._recorder.record_evaluation(
+            {**result, "env_steps": self.state.env_steps, "seconds": self.state.seconds}
+        )
+        self.progress.update(
+            {"eval/mean_return": result["mean_return"], "eval/std_return": result["std_return"]}
+        )
         if result["mean_return"] >= self._best_return and path.exists():
             self._best_return = result["mean_return"]
             checkpoint.mark_best(self.folder.checkpoints, learner_steps, self._best_return)

@@ -31,8 +31,7 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
         while True:
             for actor, outbox in zip(actors, outboxes, strict=True):
                 actor.set_weights(*learner.weights(), learner.num_steps)
-                one_turn = iter((False, True))
-                book.state.add_actor_report(actor.play(outbox, lambda turns=one_turn: next(turns), no_sleep))
+                book.state.add_actor_report(actor.play(outbox, iter((False, True)).__next__, no_sleep))
             book.state.add_learner_report(learner.learn(ready_batches(shards)))
             book.tick([shard.stats() for shard in shards], num_actors=len(actors))
             reason = book.state.stop_reason() or ("a stop was asked for" if stop_requested() else None)
@@ -42,8 +41,9 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
             if reason:
                 return reason
     finally:
-        for part in (*actors, evaluator):
-            part.close()
+        for actor in actors:
+            actor.close()
+        evaluator.close()
 
 
 def ready_batches(shards: list[ReplayShard]) -> Iterator[Batch]:

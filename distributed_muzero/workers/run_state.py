@@ -7,7 +7,7 @@ report the same metrics.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from distributed_muzero.config import RunConfig
@@ -87,7 +87,7 @@ class RunState:
                 return f"an evaluation reached a mean return of {mean:.1f}"
         return None
 
-    def metrics(self, shards: Iterable[dict[str, float]]) -> dict[str, float]:
+    def metrics(self, shards: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """All of the run's metrics under their public names; rates are over the time since the last call."""
         now = self._clock()
         counts = (self.env_steps, self.simulations, self.learner.learner_steps)
@@ -106,7 +106,7 @@ class RunState:
             "train/learner_steps_per_second": learner_rate,
             "weights/version": self.learner.weights_version,
             **self.learner.metrics,
-            **replay_metrics(list(shards)),
+            **replay_metrics(shards),
         }
         if self._returns:
             metrics["rollout/ep_rew_mean"] = sum(self._returns) / len(self._returns)
@@ -114,7 +114,7 @@ class RunState:
         return metrics
 
 
-def replay_metrics(shards: list[dict[str, float]]) -> dict[str, float]:
+def replay_metrics(shards: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The sums of the shards' counts, and the ratio that their limiters hold."""
     total: dict[str, float] = {}
     for stats in shards:

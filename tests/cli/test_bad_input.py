@@ -1,0 +1,168 @@
+"""Every mistake that a person can make ends in one clear message, exit code 2 and no traceback."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import processes
+
+TINY = ("--preset", "debug", "--in-process", "--max-train-steps", "5")
+
+MISTAKES = {
+    "unknown environment": (("train", "--env", "CartPoel-v1"), "CartPole-v1"),
+    "unknown preset": (("train", "--preset", "cartpol"), "did you mean 'cartpole'"),
+    "unknown section": (
+        ("train", "--preset", "debug", "--set", "lerner.batch_size=3"),
+        "did you mean 'learner'",
+    ),
+    "unknown key": (
+        ("train", "--preset", "debug", "--set", "learner.batchsize=3"),
+        "did you mean 'batch_size'",
+    ),
+    "impossible value": (
+        ("train", "--preset", "debug", "--set", "learner.batch_size=-3"),
+        "learner.batch_size",
+    ),
+    "value of another kind": (("train", "--preset", "debug", "--set", "learner.batch_size=many"), "'many'"),
+    "malformed override": (("train", "--preset", "debug", "--set", "batch_size"), "section.key=value"),
+    "nothing to train": (("train",), "--preset"),
+    "two things to train": (("train", "--preset", "debug", "--env", "CartPole-v1"), "exactly one"),
+    "name that leaves the folder": (("train", *TINY, "--name", "../x"), "run name"),
+    "missing config file": (("train", "--config", "nowhere.yaml"), "nowhere.yaml"),
+    "continuous actions": (("train", "--env", "Pendulum-v1"), "Pendulum-v1"),
+    "unknown networks": (("train", *TINY, "--set", "network.name=transformer"), "mlp"),
+    "unknown run": (("evaluate", "no-such-run"), "no-such-run"),
+    "no simulations": (
+        ("train", "--preset", "debug", "--set", "search.num_simulations=0"),
+        "num_simulations",
+    ),
+    "negative seed": (("train", "--preset", "debug", "--seed", "-1"), "run.seed"),
+    "unknown benchmark peer": (("bench", "search", "--against", "alphago"), "mctx"),
+    "unknown command": (("trian",), "trian"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_message_and_exit_code_2(mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, expected = MISTAKES[mistake]
+    done = processes.run(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_a_name_that_is_taken_is_refused_and_the_run_is_left_alone(tmp_path):
+    options = ("train", *TINY, "--runs-dir", tmp_path, "--name", "mine")
+    assert processes.run(*options).returncode == 0
+    before = (tmp_path / "mine" / "metrics.jsonl").read_bytes()
+    done = processes.run(*options)
+    assert done.returncode == 2
+    assert "mine" in done.stderr
+    assert "exists already" in done.stderr
+    assert (tmp_path / "mine" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_config_file_with_an_unknown_key_names_it(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("learner:\n  batchsize: 3\n")
+    done = processes.run("train", "--config", file, "--runs-dir", tmp_path)
+    assert done.returncode == 2
+    assert "batchsize" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_config_file_that_is_no_yaml_is_refused(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("learner: [1,")
+    done = processes.run("config", "show", "--config", file)
+    assert done.returncode == 2
+    assert "mine.yaml" in done.stderr
+
+
+BROKEN_ENVIRONMENTS = '''
+import numpy as np
+from distributed_muzero.environments.base import EnvironmentSpec
+
+
+class Broken:
+    """A game of ten steps that goes wrong at its fourth."""
+
+    truncated = False
+
+    def __init__(self, config):
+        self.spec = EnvironmentSpec(config.id, (2,), np.dtype(np.float32), (3,))
+        self.fault = config.kwargs["fault"]
+
+    def initial_state(self, seed=None):
+        self.steps = 0
+        return np.zeros(2, np.float32)
+
+    def step(self, action):
+        self.steps += 1
+        observation = np.full(2, self.steps, np.float32)
+        reward = 0.0
+        if self.steps == 4 and self.fault == "observation":
+            observation[1] = np.nan
+        if self.steps == 4 and self.fault == "reward":
+            reward = float("inf")
+        return reward, observation, self.steps == 10
+
+    def mask(self):
+        broken = self.steps == 4 and self.fault == "mask"
+        return np.zeros(3, bool) if broken else np.ones(3, bool)
+
+    def to_play(self):
+        return 0
+
+    def close(self):
+        pass
+'''
+
+
+@pytest.fixture
+def broken_package(tmp_path, monkeypatch):
+    """An installed package (its metadata lies beside it) that brings an environment of its own."""
+    (tmp_path / "broken_games.py").write_text(BROKEN_ENVIRONMENTS)
+    info = tmp_path / "broken_games-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-games\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[distributed_muzero.environments]\nbroken = broken_games:Broken\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"), [("observation", "NaN"), ("reward", "inf"), ("mask", "allows none")]
+)
+@pytest.mark.parametrize(
+    "mode", ["--in-process", pytest.param("", marks=[pytest.mark.cluster, pytest.mark.slow])]
+)
+def test_a_broken_environment_is_named_with_step_and_seed(broken_package, tmp_path, fault, expected, mode):
+    options = (
+        "--env",
+        "broken",
+        "--set",
+        f"environment.kwargs={{fault: {fault}}}",
+        *([mode] if mode else []),
+    )
+    done = processes.run(
+        "train", *options, "--runs-dir", tmp_path / "runs", "--name", "r", "--max-minutes", 1
+    )
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr
+    assert "step" in done.stderr
+    assert "seed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_network_that_gives_nan_is_named_with_the_step(tmp_path):
+    options = ("--set", "learner.learning_rate=1e30", "--set", "learner.max_grad_norm=1e30")
+    done = processes.run(
+        "train", *TINY, "--max-train-steps", 500, *options, "--runs-dir", tmp_path, "--name", "r"
+    )
+    assert done.returncode == 2, done.stderr
+    assert "step" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,121 @@
+"""The whole thing through real Ray processes, started by the command line."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import psutil
+import pytest
+
+from tests.processes import descendants, find_role, started, status, wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+FOREVER = ("--set", "run.max_train_steps=null", "--max-minutes", 3)
+
+
+def start(tmp_path, *options):
+    return started("train", "--preset", "debug", "--runs-dir", tmp_path, "--name", "r", *options)
+
+
+def env_steps(tmp_path):
+    return status(tmp_path / "r").get("env_steps", 0)
+
+
+def learner_steps(tmp_path):
+    return status(tmp_path / "r").get("learner_steps", 0)
+
+
+def test_a_run_ends_at_its_limit_and_leaves_everything_behind(tmp_path):
+    with start(tmp_path, "--actors", 2, "--shards", 2, "--max-train-steps", 300) as process:
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    run = tmp_path / "r"
+    assert "300 learner steps were made" in errors or "learner steps" in errors
+    assert str(run) in output
+    assert status(run)["state"] == "finished"
+    assert status(run)["learner_steps"] >= 300
+    checkpoints = sorted((run / "checkpoints").glob("step_*"))
+    assert checkpoints
+    for path in checkpoints:
+        assert {file.name for file in path.iterdir()} == {
+            "manifest.json", "weights.safetensors", "optimizer.safetensors", "state.json", "DONE",
+        }  # fmt: skip
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["rollout/env_steps"] > 0
+    assert lines[-1]["actors/live"] == 2
+    assert list((run / "tensorboard").iterdir())
+    evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert all(evaluation["episodes"] == 2 for evaluation in evaluations)
+
+
+def test_a_killed_actor_is_replaced_and_the_run_goes_on(tmp_path):
+    with start(tmp_path, *FOREVER) as process:
+        wait_for("the first steps", lambda: env_steps(tmp_path) > 0)
+        (victim,) = wait_for("an actor's process", lambda: find_role(process.pid, "ActorWorker"))
+        victim.kill()
+        (successor,) = wait_for(
+            "its successor", lambda: [p for p in find_role(process.pid, "ActorWorker") if p.pid != victim.pid]
+        )
+        before = env_steps(tmp_path)
+        wait_for("more steps", lambda: env_steps(tmp_path) > before + 100)
+        assert successor.is_running()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert "actor 0 was lost" in errors
+    assert process.returncode == 0, errors
+
+
+def test_a_killed_learner_goes_on_from_the_last_checkpoint(tmp_path):
+    with start(tmp_path, *FOREVER) as process:
+        wait_for("a checkpoint", lambda: list((tmp_path / "r" / "checkpoints").glob("step_*/DONE")))
+        (victim,) = find_role(process.pid, "LearnerWorker")
+        before = learner_steps(tmp_path)
+        victim.kill()
+        wait_for("more learner steps", lambda: learner_steps(tmp_path) > before + 100)
+        versions = [
+            json.loads(line)["weights/version"]
+            for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+        ]
+        assert versions == sorted(versions)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert "the learner was lost" in errors
+    assert process.returncode == 0, errors
+
+
+def test_a_killed_shard_comes_back_and_the_run_goes_on(tmp_path):
+    with start(tmp_path, *FOREVER) as process:
+        wait_for("learner steps", lambda: learner_steps(tmp_path) > 0)
+        (victim,) = find_role(process.pid, "ReplayShardWorker")
+        victim.kill()
+        wait_for(
+            "its successor",
+            lambda: [p for p in find_role(process.pid, "ReplayShardWorker") if p.pid != victim.pid],
+        )
+        before = learner_steps(tmp_path)
+        wait_for("more learner steps", lambda: learner_steps(tmp_path) > before + 100)
+
+
+def test_ctrl_c_ends_with_a_checkpoint_and_leaves_no_process(tmp_path):
+    with start(tmp_path, *FOREVER) as process:
+        wait_for("learner steps", lambda: learner_steps(tmp_path) > 0)
+        children = descendants(process.pid)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        _, alive = psutil.wait_procs(children, timeout=15)
+        assert not alive
+    assert "Traceback" not in errors
+    assert status(tmp_path / "r")["state"] == "stopped"
+    assert list((tmp_path / "r" / "checkpoints").glob("step_*/DONE"))
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    with start(tmp_path, *FOREVER) as process:
+        wait_for("the first steps", lambda: env_steps(tmp_path) > 0)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+        assert process.returncode != 0 or status(tmp_path / "r")["state"] == "stopped"
