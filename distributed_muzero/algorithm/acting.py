@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distributed_muzero.algorithm.planning import DEFAULT_DISCOUNT, legal_mask, plan_batch
+from distributed_muzero.algorithm.planning import DEFAULT_DISCOUNT, as_array, legal_mask, plan_batch
 from distributed_muzero.config import SearchConfig
 from distributed_muzero.errors import ContractError, NonFiniteError
 from distributed_muzero.networks.base import as_networks
@@ -69,7 +69,7 @@ class Game:
 
     def read_mask(self) -> np.ndarray:
         """The legal actions of the current state, flat bool [A]; read anew at every step (decision 7)."""
-        mask = np.asarray(self.env.mask())
+        mask = as_array(self.env.mask())
         self.mask_shape = mask.shape
         try:
             return legal_mask(mask)
@@ -79,8 +79,8 @@ class Game:
     @property
     def alternates(self) -> bool:
         """Whether two players take turns, so that values change sign from one step to the next."""
-        spec = getattr(self.env, "spec", None)
-        return spec.num_players == 2 if hasattr(spec, "num_players") else hasattr(self.env, "to_play")
+        num_players = getattr(getattr(self.env, "spec", None), "num_players", None)
+        return hasattr(self.env, "to_play") if num_players is None else num_players == 2
 
     def play(self, legal: np.ndarray, policy: np.ndarray, action: int, value: float) -> None:
         """Plays `action` in the environment and writes down the step."""
@@ -91,7 +91,9 @@ class Game:
         self.root_values.append(value)
         self.rewards.append(float(reward))
         if not np.isfinite(self.rewards[-1]):
-            raise NonFiniteError(f"the environment gave the reward {reward} at step {len(self.actions) - 1}, seed {self.seed}")
+            raise NonFiniteError(
+                f"the environment gave the reward {reward} at step {len(self.actions) - 1}, seed {self.seed}"
+            )
         observation = self._checked(state)
         self.observations.append(observation)
         self.history[:-1] = self.history[1:]
@@ -118,7 +120,9 @@ class Game:
             )
         ]
 
-    def episode(self, episode_id: str, environment_id: str, weights_version: int, final_value: float) -> Episode:
+    def episode(
+        self, episode_id: str, environment_id: str, weights_version: int, final_value: float
+    ) -> Episode:
         """The finished game. `final_value` is ν_T, used only if the game was truncated."""
         return Episode(
             episode_id=episode_id,
@@ -137,10 +141,12 @@ class Game:
         )
 
     def _checked(self, state: Any) -> np.ndarray:
-        observation = np.array(state)
+        observation = as_array(state).copy()
         if not np.isfinite(observation).all():
             steps = len(getattr(self, "actions", ()))
-            raise NonFiniteError(f"the environment gave an observation with NaN or Inf at step {steps}, seed {self.seed}")
+            raise NonFiniteError(
+                f"the environment gave an observation with NaN or Inf at step {steps}, seed {self.seed}"
+            )
         return observation
 
     def _player(self) -> int:
@@ -165,7 +171,14 @@ def act(
     observations = np.stack([game.history for game in games])
     signed_discount = -discount if games[0].alternates else discount
     result = plan_batch(
-        model, observations, legal, config, signed_discount, rng=rng, noise=noise, num_simulations=num_simulations
+        model,
+        observations,
+        legal,
+        config,
+        signed_discount,
+        rng=rng,
+        noise=noise,
+        num_simulations=num_simulations,
     )
     actions = choose_actions(result.visit_counts, temperature, rng)
     for row, game in enumerate(games):

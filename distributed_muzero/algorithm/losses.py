@@ -64,7 +64,9 @@ def unroll_losses(
         reward = by_row(networks.reward_head.loss(output, flat(target_rewards[:, :-1])), scale[1:])
     else:
         reward = torch.zeros_like(value)
-    return Losses(weights.value * value + weights.reward * reward + weights.policy * policy, value, reward, policy)
+    return Losses(
+        weights.value * value + weights.reward * reward + weights.policy * policy, value, reward, policy
+    )
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,10 +39,12 @@ def planning(
     discount: negative where players alternate. noise: exploration noise at the root, drawn from `rng`.
     Raises ContractError for a mask without a legal action or wrong shapes, NonFiniteError for NaN from a network.
     """
-    mask_array = np.asarray(mask)
-    observation = np.asarray(o)
+    mask_array = as_array(mask)
+    observation = as_array(o)
     if observation.ndim < 1 or mask_array.size == 0:
-        raise ContractError(f"o must be [N, *O] and mask [*A], got {observation.shape} and {mask_array.shape}")
+        raise ContractError(
+            f"o must be [N, *O] and mask [*A], got {observation.shape} and {mask_array.shape}"
+        )
     result = plan_batch(
         make_search_model(as_networks(h, g_r, g_s, f_v, f_p)),
         observation[None],
@@ -68,7 +71,9 @@ def plan_batch(
 ) -> SearchResult:
     """The batched search that actors, evaluator and planning() share: observations [B, N, *O], masks [B, A] bool."""
     if noise and rng is None:
-        raise ContractError("noise=True needs rng, a numpy.random.Generator, so that the search can be repeated")
+        raise ContractError(
+            "noise=True needs rng, a numpy.random.Generator, so that the search can be repeated"
+        )
     num_simulations = num_simulations or config.num_simulations
     if not np.isfinite(observations).all():
         raise NonFiniteError("an observation given to planning holds NaN or Inf")
@@ -91,11 +96,18 @@ def plan_batch(
     return result
 
 
+def as_array(x: Any) -> np.ndarray:
+    """A tensor on any device, or anything that numpy reads, as an array; shared with `x` where that is possible."""
+    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
+
+
 def legal_mask(mask: np.ndarray) -> np.ndarray:
     """A contract mask [*A] of 0 and 1 as flat bool [A]. Raises ContractError for anything else."""
     flat = np.asarray(mask).reshape(-1)
     if not np.isin(flat, (0, 1)).all():
         raise ContractError(f"a mask holds 1 (allowed) and 0 (forbidden) only, got {np.unique(flat)[:5]}")
     if not flat.any():
-        raise ContractError(f"the mask of {flat.size} actions allows none; a state to plan from needs a legal action")
+        raise ContractError(
+            f"the mask of {flat.size} actions allows none; a state to plan from needs a legal action"
+        )
     return flat.astype(bool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -41,17 +42,15 @@ def training(
     observations [M, N, *O]; target_policies [M, K+1, A]; target_actions [M, K+1] long; target_returns [M, K+1].
     target_rewards [M, K+1]: u_t … u_{t+K}. Absent, z_t − γ z_{t+1} with `discount` stands in, which is exact for
     Monte Carlo returns (decision 4).
-    optimizer: absent, an Adam of learning rate 1e-3 is made once for each set of parameters and used again on the
-    next call (decision 5). f_p gives logits; f_v and g_r numbers [B]; `a` is a LongTensor [B].
+    optimizer: given, its parameters are what is learnt. Absent, an Adam of learning rate 1e-3 is made once for each
+    set of parameters and used again on the next call (decision 5). f_p gives logits;
+    f_v and g_r numbers [B]; `a` is a LongTensor [B].
     Raises ContractError for shapes that don't fit, NonFiniteError when the loss isn't finite (nothing is changed).
     """
     _check_shapes(observations, target_policies, target_actions, target_returns, target_rewards)
-    parameters = collect_parameters(h, g_r, g_s, f_v, f_p)
-    if not parameters:
-        raise ContractError(
-            "no trainable parameter was found in the five networks; expected nn.Modules, their methods, or functions "
-            "that close over modules or tensors with requires_grad"
-        )
+    _check_finite(observations, target_policies, target_returns, target_rewards)
+    if optimizer is None:
+        optimizer = _remembered_optimizer(collect_parameters(h, g_r, g_s, f_v, f_p))
     if target_rewards is None:
         following = torch.cat([target_returns[:, 1:], torch.zeros_like(target_returns[:, :1])], 1)
         target_rewards = target_returns - discount * following
@@ -59,8 +58,8 @@ def training(
         as_networks(h, g_r, g_s, f_v, f_p),
         (observations, target_actions, target_policies, target_returns, target_rewards),
         importance_weights,
-        optimizer or _remembered_optimizer(parameters),
-        parameters,
+        optimizer,
+        [parameter for group in optimizer.param_groups for parameter in group["params"]],
         weights,
         max_grad_norm,
     )[0]
@@ -89,15 +88,18 @@ def training_step(
     if not bool(torch.isfinite(norm)):
         optimizer.zero_grad(set_to_none=False)
         raise NonFiniteError(
-            f"the loss or its gradient isn't finite (mean loss {float(total.mean())}, gradient norm {float(norm)}); the "
-            "weights were left as they were. Look for extreme targets, or lower the learning rate"
+            f"the loss or its gradient isn't finite (mean loss {float(total.detach().mean())}, gradient norm "
+            f"{float(norm)}); the weights were left as they were. Look for extreme targets, or lower the learning rate"
         )
     optimizer.step()
     return Losses(*(part.detach() for part in losses)), norm
 
 
 def collect_parameters(*functions: Callable) -> list[Tensor]:
-    """Every trainable tensor that the functions reach, each once: modules, bound methods, partials, closures."""
+    """Every trainable tensor that the functions reach, each once.
+
+    Looked for in modules, callable objects, bound methods and their owners, partials, closures, globals, defaults.
+    """
     found: dict[int, Tensor] = {}
     for tensor in _reachable_tensors(functions, set()):
         found.setdefault(id(tensor), tensor)
@@ -120,10 +122,11 @@ def _reachable_tensors(things: Iterable[Any], seen: set[int]) -> Iterator[Tensor
             yield from _reachable_tensors((thing.func, thing.args, thing.keywords), seen)
         elif inspect.ismethod(thing):
             yield from _reachable_tensors((thing.__self__, thing.__func__), seen)
-        elif inspect.isfunction(thing) and not thing.__module__.startswith("torch."):
+        elif inspect.isfunction(thing) and not str(thing.__module__).startswith("torch."):
             used = inspect.getclosurevars(thing)
-            yield from _reachable_tensors((*used.nonlocals.values(), *used.globals.values()), seen)
-        elif callable(thing) and hasattr(thing, "__dict__") and not isinstance(thing, type):
+            defaults = (thing.__defaults__, thing.__kwdefaults__)
+            yield from _reachable_tensors((*defaults, *used.nonlocals.values(), *used.globals.values()), seen)
+        elif hasattr(thing, "__dict__") and not isinstance(thing, (type, ModuleType)):
             yield from _reachable_tensors(tuple(vars(thing).values()), seen)
 
 
@@ -131,6 +134,11 @@ _optimizers: OrderedDict[tuple[int, ...], torch.optim.Optimizer] = OrderedDict()
 
 
 def _remembered_optimizer(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    if not parameters:
+        raise ContractError(
+            "no trainable parameter was found in the five networks; expected nn.Modules, their methods, or functions "
+            "that close over modules or tensors with requires_grad"
+        )
     # The optimizer holds its parameters, so an id in here can't have been given to another tensor.
     key = tuple(sorted(id(parameter) for parameter in parameters))
     if key not in _optimizers:
@@ -144,7 +152,8 @@ def _remembered_optimizer(parameters: list[Tensor]) -> torch.optim.Optimizer:
 def _check_shapes(observations, target_policies, target_actions, target_returns, target_rewards) -> None:
     if target_actions.ndim != 2 or target_actions.is_floating_point():
         raise ContractError(
-            f"target_actions must be integers of shape [M, K+1], got {target_actions.dtype} {list(target_actions.shape)}"
+            f"target_actions must be integers of shape [M, K+1], got {target_actions.dtype} "
+            f"{list(target_actions.shape)}"
         )
     num_rows, width = target_actions.shape
     if target_policies.ndim != 3 or target_policies.shape[:2] != (num_rows, width):
@@ -155,7 +164,24 @@ def _check_shapes(observations, target_policies, target_actions, target_returns,
         if tensor is not None and tensor.shape != (num_rows, width):
             raise ContractError(f"{name} must be [M, K+1] = [{num_rows}, {width}], got {list(tensor.shape)}")
     if observations.ndim < 2 or len(observations) != num_rows:
-        raise ContractError(f"observations must be [M, N, *O] with M = {num_rows}, got {list(observations.shape)}")
+        raise ContractError(
+            f"observations must be [M, N, *O] with M = {num_rows}, got {list(observations.shape)}"
+        )
     num_actions = target_policies.shape[2]
     if bool(((target_actions < 0) | (target_actions >= num_actions)).any()):
-        raise ContractError(f"target_actions must lie in 0…{num_actions - 1}, got {int(target_actions.min())}…{int(target_actions.max())}")
+        raise ContractError(
+            f"target_actions must lie in 0…{num_actions - 1}, got {int(target_actions.min())}…"
+            f"{int(target_actions.max())}"
+        )
+
+
+def _check_finite(observations, target_policies, target_returns, target_rewards) -> None:
+    tensors = {
+        "observations": observations,
+        "target_policies": target_policies,
+        "target_returns": target_returns,
+        "target_rewards": target_rewards,
+    }
+    for name, tensor in tensors.items():
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"{name} holds NaN or Inf; the weights were left as they were")

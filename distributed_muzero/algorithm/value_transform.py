@@ -20,7 +20,9 @@ def transform(x: Tensor) -> Tensor:
 
 def inverse_transform(y: Tensor) -> Tensor:
     """h⁻¹(y), elementwise."""
-    root = (torch.sqrt(1 + 4 * EPSILON * (torch.abs(y) + 1 + EPSILON)) - 1) / (2 * EPSILON)
+    # (d − 1) / 2ε written as 2(…) / (d + 1): in float32 the difference d − 1 would keep four digits only.
+    shifted = torch.abs(y) + 1 + EPSILON
+    root = 2 * shifted / (torch.sqrt(1 + 4 * EPSILON * shifted) + 1)
     return torch.sign(y) * (root * root - 1)
 
 

@@ -1,6 +1,8 @@
-"""A module's weights as one contiguous float32 vector, so that optimiser, averaging and publishing are one call each."""
+"""A module's weights as one contiguous float32 vector: optimiser, averaging and publishing are one call each."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -17,10 +19,14 @@ class FlatWeights:
     """
 
     def __init__(self, module: nn.Module):
-        self._buffers = [(name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point()]
+        self._buffers = [
+            (name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point()
+        ]
         parameters = list(module.named_parameters())
         device = parameters[0][1].device if parameters else torch.device("cpu")
-        self.vector = nn.Parameter(torch.cat([p.detach().flatten().float() for _, p in parameters]).to(device))
+        self.vector = nn.Parameter(
+            torch.cat([p.detach().flatten().float() for _, p in parameters]).to(device)
+        )
         self.vector.grad = torch.zeros_like(self.vector)
         self.layout = [(name, tuple(tensor.shape)) for name, tensor in (*parameters, *self._buffers)]
         start = 0
@@ -41,13 +47,15 @@ class FlatWeights:
     @torch.no_grad()
     def read(self) -> Tensor:
         """A copy of all weights, [size] float32."""
-        return torch.cat([self.vector.detach(), *(buffer.flatten().float() for _, buffer in self._buffers)]).clone()
+        return torch.cat([self.vector.detach(), *(buffer.flatten().float() for _, buffer in self._buffers)])
 
     @torch.no_grad()
     def write(self, weights: np.ndarray | Tensor) -> None:
         """Sets all weights from a vector [size]. Raises CheckpointError when the sizes differ."""
         if len(weights) != self.size:
-            raise CheckpointError(f"{len(weights)} weights came, this network has {self.size}: another network or config")
+            raise CheckpointError(
+                f"{len(weights)} weights came, this network has {self.size}: another network or config"
+            )
         source = torch.as_tensor(np.array(weights) if isinstance(weights, np.ndarray) else weights)
         start = self.vector.numel()
         self.vector.copy_(source[:start])
@@ -63,3 +71,15 @@ class FlatWeights:
             arrays[name] = weights[start : start + size].reshape(shape)
             start += size
         return arrays
+
+    def vector_of(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The inverse of `named_arrays`. Raises CheckpointError for names or shapes of another network."""
+        expected = dict(self.layout)
+        found = {name: array.shape for name, array in arrays.items()}
+        if found != expected:
+            different = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+            raise CheckpointError(
+                f"the checkpoint's weights don't fit this network: {', '.join(different[:4])} differ; "
+                "use the config that the run was trained with"
+            )
+        return np.concatenate([arrays[name].ravel() for name, _ in self.layout]).astype(np.float32)

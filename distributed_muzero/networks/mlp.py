@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,9 @@ class MLP(Networks):
     The transition sees the embedding and the one-hot action; the reward is read from the embedding it leads to.
     Embeddings are min-max normalised to [0, 1] in each row (MuZero, appendix G).
     """
+
+    value_head: CategoricalOutput
+    reward_head: CategoricalOutput
 
     def __init__(self, spec: EnvironmentSpec, history_length: int, config: NetworkConfig):
         super().__init__()
@@ -69,7 +73,7 @@ class MLP(Networks):
 def perceptron(sizes: Sequence[int], zero_last: bool = False) -> nn.Sequential:
     """Linear layers with ReLU between them; `zero_last` starts a head from a flat prediction."""
     layers: list[nn.Module] = []
-    for num_inputs, num_outputs in zip(sizes, sizes[1:], strict=False):
+    for num_inputs, num_outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(num_inputs, num_outputs), nn.ReLU()]
     last = layers[-2]
     if zero_last and isinstance(last, nn.Linear):

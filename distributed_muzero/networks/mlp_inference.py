@@ -7,8 +7,8 @@ is allocated once for a batch size. A test holds these answers to those of the t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -35,7 +35,9 @@ class _Scratch:
         self.parents = np.empty((batch, model.embedding_size), np.float32)
         self.transition = [np.empty((batch, len(layer.bias)), np.float32) for layer in model.transition]
         self.trunk = np.empty((batch, len(model.trunk.bias)), np.float32)
-        self.heads = [[np.empty((batch, len(layer.bias)), np.float32) for layer in head] for head in model.heads]
+        self.heads = [
+            [np.empty((batch, len(layer.bias)), np.float32) for layer in head] for head in model.heads
+        ]
         self.rewards = np.empty(batch, np.float32)
         self.values = np.empty(batch, np.float32)
 
@@ -52,13 +54,17 @@ class MLPInference:
         self.embedding_size = len(first) - self.num_actions
         # One-hot action times its rows of the first weight is one row of the weight: added with the bias.
         self.action_rows = np.ascontiguousarray(first[self.embedding_size :] + transition[0].bias)
-        self.transition = [Layer(np.ascontiguousarray(first[: self.embedding_size]), transition[0].bias), *transition[1:]]
+        self.transition = [
+            Layer(np.ascontiguousarray(first[: self.embedding_size]), transition[0].bias),
+            *transition[1:],
+        ]
         heads = [_layers(m) for m in (networks.reward_layers, networks.value_layers, networks.policy_layers)]
         self.trunk = Layer(
             np.ascontiguousarray(np.concatenate([head[0].weight for head in heads], 1)),
             np.concatenate([head[0].bias for head in heads]),
         )
-        self.heads = [head[1:] for head in heads]
+        self.heads = [head[1:] for head in heads]  # empty where the trunk is all there is (no hidden layer)
+        self.trunk_ends = np.cumsum([len(head[0].bias) for head in heads]).tolist()
         support = networks.value_head
         self.support = np.linspace(support.low, support.high, support.size, dtype=np.float32)
         self._scratch: _Scratch | None = None
@@ -97,12 +103,12 @@ class MLPInference:
 
     def _predict(self, scratch: _Scratch, embeddings: np.ndarray) -> Expansion:
         np.dot(embeddings, self.trunk.weight, out=scratch.trunk)
-        _add_bias(scratch.trunk, self.trunk.bias, True)
+        _add_bias(scratch.trunk, self.trunk.bias, bool(self.heads[0]))
         outputs = []
         start = 0
-        for head, buffers in zip(self.heads, scratch.heads, strict=True):
-            x = scratch.trunk[:, start : start + len(head[0].weight)]
-            start += len(head[0].weight)
+        for head, buffers, end in zip(self.heads, scratch.heads, self.trunk_ends, strict=True):
+            x = scratch.trunk[:, start:end]
+            start = end
             for index, (layer, out) in enumerate(zip(head, buffers, strict=True)):
                 np.dot(x, layer.weight, out=out)
                 _add_bias(out, layer.bias, index + 1 < len(head))
@@ -117,11 +123,11 @@ class MLPInference:
         return flat / 255 if self.is_bytes else np.sign(flat) * np.log1p(np.abs(flat))
 
 
-def _layers(module: Sequence) -> list[Layer]:
+def _layers(module: Iterable[Any]) -> list[Layer]:
     linears = [part for part in module if hasattr(part, "weight")]
     return [
         Layer(
-            np.ascontiguousarray(part.weight.detach().cpu().numpy().T, np.float32),
+            np.array(part.weight.detach().cpu().numpy().T, np.float32, order="C"),
             part.bias.detach().cpu().numpy().astype(np.float32),
         )
         for part in linears
@@ -139,7 +145,7 @@ def _add_rows(x, rows, actions, relu):
     for b in range(x.shape[0]):
         for i in range(x.shape[1]):
             y = x[b, i] + rows[actions[b], i]
-            x[b, i] = max(y, np.float32(0)) if relu else y
+            x[b, i] = np.float32(0) if relu and y < 0 else y  # max() would turn NaN into 0
 
 
 @njit(cache=True, fastmath={"reassoc", "contract", "nsz"})
@@ -147,7 +153,7 @@ def _add_bias(x, bias, relu):
     for b in range(x.shape[0]):
         for i in range(x.shape[1]):
             y = x[b, i] + bias[i]
-            x[b, i] = max(y, np.float32(0)) if relu else y
+            x[b, i] = np.float32(0) if relu and y < 0 else y  # max() would turn NaN into 0
 
 
 @njit(cache=True, fastmath={"reassoc", "contract", "nsz"})
@@ -178,5 +184,6 @@ def _decode(logits, support, out):
             total += weight
             mean += weight * support[i]
         y = mean / total
-        root = (np.sqrt(1 + 4 * epsilon * (abs(y) + 1 + epsilon)) - 1) / (2 * epsilon)
+        shifted = abs(y) + 1 + epsilon
+        root = 2 * shifted / (np.sqrt(1 + 4 * epsilon * shifted) + 1)
         out[b] = np.sign(y) * (root * root - 1)

@@ -35,7 +35,9 @@ class TorchInference:
         embeddings = self._embeddings[self._index(parents), self._rows]
         answer = self.networks.recurrent_inference(embeddings, self._index(actions))
         self._embeddings[self._index(children), self._rows] = answer.embeddings
-        return Expansion(answer.rewards.cpu().numpy(), answer.values.cpu().numpy(), answer.policy_logits.cpu().numpy())
+        return Expansion(
+            answer.rewards.cpu().numpy(), answer.values.cpu().numpy(), answer.policy_logits.cpu().numpy()
+        )
 
     def _index(self, numbers: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(numbers, dtype=torch.long).to(self.device)

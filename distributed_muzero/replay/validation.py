@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from distributed_muzero.environments.base import EnvironmentSpec
@@ -15,17 +17,21 @@ def validate(episode: Episode, spec: EnvironmentSpec, max_steps: int) -> None:
     """Raises RejectedEpisode(reason, detail) for the first rule that the episode breaks."""
     num_steps = len(episode.actions)
     if not episode.episode_id or len(episode.episode_id) > 256:
-        raise RejectedEpisode("id", f"an id of 1 to 256 characters is needed, got {episode.episode_id[:40]!r}…")
+        raise RejectedEpisode(
+            "id", f"an id of 1 to 256 characters is needed, got {episode.episode_id[:40]!r}…"
+        )
     if num_steps == 0 or num_steps > max_steps:
         raise RejectedEpisode("length", f"1 to {max_steps} steps are expected, got {num_steps}")
     if episode.terminated == episode.truncated:
-        raise RejectedEpisode("ending", f"terminated {episode.terminated}, truncated {episode.truncated}: one must hold")
+        raise RejectedEpisode(
+            "ending", f"terminated {episode.terminated}, truncated {episode.truncated}: one must hold"
+        )
     _check_arrays(episode, spec, num_steps)
     _check_numbers(episode, num_steps)
 
 
 def _check_arrays(episode: Episode, spec: EnvironmentSpec, num_steps: int) -> None:
-    expected = {
+    expected: dict[str, tuple[tuple[int, ...], Any]] = {
         "observations": ((num_steps + 1, *spec.observation_shape), spec.observation_dtype),
         "legal_masks": ((num_steps, spec.num_actions), np.bool_),
         "actions": ((num_steps,), np.int32),

@@ -31,8 +31,11 @@ class PolicyModel:
 
     def set_weights(self, version: int, weights: np.ndarray) -> None:
         """Takes weights [P] of a newer version; an older or equal one is ignored, so versions never go back."""
-        if version <= self.version:
-            return
+        if version > self.version:
+            self.load(version, weights)
+
+    def load(self, version: int, weights: np.ndarray) -> None:
+        """Takes these weights, whatever came before."""
         self._flat.write(weights)
         self._networks.eval()
         self.search_model = make_search_model(self._networks)
@@ -90,7 +93,9 @@ class Actor:
                 self._games[place] = self._start(self._environments[place])
         return finished
 
-    def play(self, outbox: Outbox, is_over: Callable[[], bool], sleep: Callable[[float], None]) -> ActorReport:
+    def play(
+        self, outbox: Outbox, is_over: Callable[[], bool], sleep: Callable[[float], None]
+    ) -> ActorReport:
         """Steps and delivers until `is_over()`. While the outbox is full, it waits for the shards instead."""
         report = ActorReport()
         num_games, num_simulations = len(self._games), self.config.search.num_simulations

@@ -25,7 +25,8 @@ class Evaluator:
         self._environments: list[Environment] = []
 
     def set_weights(self, version: int, weights: np.ndarray) -> None:
-        self.model.set_weights(version, weights)
+        """The weights to evaluate. Two checkpoints may lie within one version, so the version decides nothing here."""
+        self.model.load(version, weights)
 
     def evaluate(
         self, num_episodes: int, seeds: Sequence[int], num_simulations: int | None = None
@@ -39,9 +40,7 @@ class Evaluator:
         while len(self._environments) < num_episodes:
             self._environments.append(self._make_env())
         history = self.config.environment.history_length
-        games = [
-            Game(env, history, int(rng.integers(2**31))) for env in self._environments[:num_episodes]
-        ]
+        games = [Game(env, history, int(rng.integers(2**31))) for env in self._environments[:num_episodes]]
         playing = games
         while playing:
             act(

@@ -81,20 +81,22 @@ class Learner:
             if self.version > version:
                 break
         steps = self.num_steps - first_step
-        return LearnerReport(self.num_steps, self.version, {name: value / steps for name, value in sums.items()})
+        return LearnerReport(
+            self.num_steps, self.version, {name: value / steps for name, value in sums.items()}
+        )
 
     def weights(self) -> tuple[int, np.ndarray]:
         """The current version and its weights [P] float32: the moving average, not the last step."""
         return self.version, self.average.cpu().numpy().copy()
 
     def state(self) -> tuple[dict[str, Mapping[str, np.ndarray]], dict[str, Any]]:
-        """What a checkpoint needs: arrays by file and name, and plain numbers."""
+        """What a checkpoint needs: arrays by file and name, and plain numbers. Later steps don't change it."""
         adam = self.optimizer.state.get(self.flat.vector, {})
         arrays: dict[str, Mapping[str, np.ndarray]] = {
-            "weights": self.flat.named_arrays(self.average.cpu().numpy()),
+            "weights": self.flat.named_arrays(self.average.cpu().numpy().copy()),
             "optimizer": {
                 "vector": self.flat.read().cpu().numpy(),
-                **{name: value.detach().cpu().numpy() for name, value in adam.items()},
+                **{name: value.detach().cpu().numpy().copy() for name, value in adam.items()},
             },
         }
         return arrays, {"learner_steps": self.num_steps, "weights_version": self.version}

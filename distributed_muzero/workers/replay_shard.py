@@ -72,7 +72,11 @@ class ReplayShard:
             self.rejects[error.reason] += 1
             return InsertReply("rejected", str(error))
         returns = n_step_returns(
-            episode.rewards, episode.root_values, self.algorithm.discount, self.algorithm.td_steps, episode.to_play
+            episode.rewards,
+            episode.root_values,
+            self.algorithm.discount,
+            self.algorithm.td_steps,
+            episode.to_play,
         )
         self.ring.add(episode, returns, num_start_positions(episode, self.algorithm.num_unroll_steps))
         self.limiter.count_insert(episode.num_steps)
