@@ -1,0 +1,116 @@
+import pytest
+
+from distributed_muzero.config import AlgorithmConfig, ReplayConfig
+from distributed_muzero.workers.outbox import Outbox
+from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
+from distributed_muzero.workers.run_state import ActorReport
+from tests.episodes import SPEC, make_episode
+
+
+class Wire:
+    """Carries offers to real shards; an answer may get lost on the way back, an offer on the way there."""
+
+    def __init__(self, num_shards, **options):
+        config = ReplayConfig(**{"min_size_to_sample": 1000, **options})
+        self.shards = [
+            ReplayShard(SPEC, config, AlgorithmConfig(), 1, 4, index) for index in range(num_shards)
+        ]
+        self.loses_answers = self.loses_offers = False
+        self.offers = []
+
+    def insert(self, offers):
+        self.offers.append({shard: [e.episode_id for e in episodes] for shard, episodes in offers.items()})
+        if self.loses_offers:
+            return {}
+        replies = {shard: self.shards[shard].insert(episodes) for shard, episodes in offers.items()}
+        return {} if self.loses_answers else replies
+
+
+def filled(wire, number=20, limit=100):
+    outbox = Outbox(wire.insert, len(wire.shards), limit)
+    for i in range(number):
+        outbox.put(make_episode(5, name=f"run/0/0/{i}", seed=i))
+    return outbox
+
+
+def stored(wire):
+    return sum(shard.stats()["inserted_episodes"] for shard in wire.shards)
+
+
+def test_acknowledged_episodes_leave_and_all_shards_get_some():
+    wire = Wire(3)
+    outbox = filled(wire)
+    outbox.flush(ActorReport())
+    assert len(outbox) == 0 and stored(wire) == 20
+    assert all(shard.stats()["episodes"] > 0 for shard in wire.shards)
+
+
+def test_lost_answers_are_asked_for_again_at_the_same_shard_and_stored_once():
+    wire = Wire(3)
+    outbox = filled(wire)
+    wire.loses_answers = True
+    outbox.flush(ActorReport())
+    assert len(outbox) == 20
+    wire.loses_answers = False
+    outbox.flush(ActorReport())
+    assert len(outbox) == 0 and stored(wire) == 20
+    assert sum(shard.num_duplicates for shard in wire.shards) == 20
+    assert wire.offers[0] == wire.offers[1]
+
+
+def test_lost_offers_stay_until_they_arrive_in_their_order():
+    wire = Wire(2)
+    outbox = filled(wire)
+    wire.loses_offers = True
+    for _ in range(3):
+        outbox.flush(ActorReport())
+    assert len(outbox) == 20 and stored(wire) == 0
+    wire.loses_offers = False
+    outbox.flush(ActorReport())
+    assert len(outbox) == 0 and stored(wire) == 20
+
+
+def test_a_shard_that_is_gone_holds_back_its_own_episodes_only():
+    wire = Wire(2)
+    outbox = Outbox(lambda offers: {0: wire.insert(offers)[0]}, 2, 100)
+    for i in range(20):
+        outbox.put(make_episode(5, name=f"run/0/0/{i}", seed=i))
+    outbox.flush(ActorReport())
+    assert len(outbox) == len(wire.offers[0][1]) > 0
+
+
+def test_a_failing_call_loses_nothing():
+    def broken(offers):
+        raise ConnectionError
+
+    outbox = Outbox(broken, 1, 100)
+    outbox.put(make_episode(5))
+    with pytest.raises(ConnectionError):
+        outbox.flush(ActorReport())
+    assert len(outbox) == 1
+
+
+def test_what_must_wait_stays_and_a_refusal_leaves_and_is_reported():
+    answers = [
+        InsertReply("stored"),
+        InsertReply("wait"),
+        InsertReply("rejected", "why"),
+        InsertReply("duplicate"),
+    ]
+    outbox = Outbox(lambda offers: {0: answers}, 1, 100)
+    for i in range(4):
+        outbox.put(make_episode(5, name=str(i)))
+    report = ActorReport()
+    outbox.flush(report)
+    assert len(outbox) == 1 and (report.num_rejected, report.last_rejection) == (1, "why")
+
+
+def test_full_at_its_limit():
+    wire = Wire(1)
+    assert not filled(wire, number=9, limit=10).is_full and filled(wire, number=10, limit=10).is_full
+
+
+def test_flushing_an_empty_outbox_asks_nobody():
+    wire = Wire(1)
+    filled(wire, number=0).flush(ActorReport())
+    assert wire.offers == []
