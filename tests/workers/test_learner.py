@@ -1,0 +1,186 @@
+import hashlib
+
+import numpy as np
+import pytest
+
+from distributed_muzero.config import LearnerConfig, make_config
+from distributed_muzero.environments.chain import make_chain, solve
+from distributed_muzero.errors import CheckpointError, ConfigError, NonFiniteError
+from distributed_muzero.workers.builder import Builder
+from distributed_muzero.workers.learner import choose_device, learning_rate
+from distributed_muzero.workers.local import no_sleep, ready_batches
+from distributed_muzero.workers.outbox import Outbox
+from tests.episodes import make_episode
+
+SMALL = {
+    "environment": {"id": "chain"},
+    "network": {"hidden_sizes": [16], "embedding_size": 8},
+    "algorithm": {"num_unroll_steps": 3, "td_steps": 10, "discount": 0.95},
+    "search": {"num_simulations": 8},
+    "replay": {"min_size_to_sample": 100, "max_transitions": 5000, "samples_per_insert": 8.0},
+    "learner": {"batch_size": 16, "publish_interval": 4, "warmup_steps": 3, "device": "cpu"},
+}
+
+
+def make_builder(**sections):
+    return Builder(make_config(SMALL, sections), "run")
+
+
+def make_batches(builder, number, seed=0):
+    shard = builder.replay_shard(0)
+    spec = builder.spec._replace(observation_dtype=np.dtype(np.float32))
+    shard.insert([make_episode(12, name=str(i), seed=seed + i, spec=spec) for i in range(30)])
+    batches = shard.sample_many(number)
+    assert len(batches) == number
+    return batches
+
+
+def digest(learner):
+    arrays, state = learner.state()
+    h = hashlib.sha256(repr(sorted(state.items())).encode())
+    for file in sorted(arrays):
+        for name in sorted(arrays[file]):
+            h.update(f"{file}/{name}".encode() + np.ascontiguousarray(arrays[file][name]).tobytes())
+    return h.hexdigest()
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, 6])
+def test_a_restored_learner_goes_on_bit_for_bit(steps_before):
+    builder = make_builder()
+    batches = make_batches(builder, 14)
+    learner = builder.learner()
+    for batch in batches[:steps_before]:
+        learner.step(batch)
+    saved = learner.state()
+    for batch in batches[steps_before:]:
+        learner.step(batch)  # what was saved must not move along
+    restored = builder.learner()
+    restored.restore(*saved)
+    for batch in batches[steps_before:]:
+        restored.step(batch)
+    assert digest(restored) == digest(learner)
+
+
+def test_a_restored_learner_publishes_what_was_saved_under_a_version_that_never_goes_back():
+    builder = make_builder()
+    learner, restored = builder.learner(), builder.learner()
+    for batch in make_batches(builder, 6):
+        learner.step(batch)
+    restored.restore(*learner.state(), min_version=7)
+    version, weights = restored.weights()
+    assert version == 7 and (weights == learner.weights()[1]).all()
+    restored.restore(*learner.state())
+    assert restored.weights()[0] == 1
+
+
+def test_weights_of_other_networks_are_refused():
+    learner = make_builder().learner()
+    with pytest.raises(CheckpointError):
+        learner.restore(*make_builder(network={"embedding_size": 9}).learner().state())
+
+
+def test_a_version_is_published_every_interval_and_its_weights_are_a_copy():
+    builder = make_builder()
+    learner = builder.learner()
+    batches = iter(make_batches(builder, 10))
+    first = learner.learn(batches)
+    version, weights = learner.weights()
+    assert (first.learner_steps, first.weights_version, version) == (4, 1, 1)
+    kept = weights.copy()
+    second = learner.learn(batches)
+    assert (second.learner_steps, second.weights_version) == (8, 2) and (weights == kept).all()
+    assert (learner.weights()[1] != kept).any()
+    last = learner.learn(batches)  # two batches are left: no new version
+    assert (last.learner_steps, last.weights_version) == (10, 2)
+    assert learner.learn(batches).metrics == {}
+
+
+def test_published_weights_are_the_mean_of_the_first_steps_by_hand():
+    # decay = steps / (steps + 10): after one step 1/11, so the average is 1/11 start + 10/11 now.
+    builder = make_builder()
+    learner = builder.learner()
+    start = learner.flat.read()
+    learner.step(make_batches(builder, 1)[0])
+    np.testing.assert_allclose(learner.weights()[1], start / 11 + learner.flat.read() * 10 / 11, atol=1e-7)
+
+
+def test_learning_from_one_batch_lowers_its_loss():
+    builder = make_builder(learner={"learning_rate": 0.01, "final_learning_rate": 0.01})
+    learner = builder.learner()
+    (batch,) = make_batches(builder, 1)
+    losses = [learner.step(batch)["train/loss"] for _ in range(60)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_read_only_batches_are_learnt_from_without_being_written_to():
+    builder = make_builder()
+    one, other = builder.learner(), builder.learner()
+    (batch,) = make_batches(builder, 1)
+    one.step(batch)
+    for array in batch:
+        array.flags.writeable = False
+    other.step(batch)
+    assert digest(one) == digest(other)
+
+
+def test_staleness_is_the_distance_in_versions():
+    builder = make_builder()
+    learner = builder.learner()
+    learner.version = 9
+    (batch,) = make_batches(builder, 1)
+    batch = batch._replace(weights_versions=np.array([4] * 8 + [8] * 8))
+    assert learner.step(batch)["train/staleness"] == 3
+
+
+def test_exploding_weights_stop_the_learner_and_change_nothing():
+    builder = make_builder()
+    learner = builder.learner()
+    batch = make_batches(builder, 1)[0]
+    learner.flat.write(np.full(learner.flat.size, 1e30, np.float32))
+    before = learner.flat.read()
+    with pytest.raises(NonFiniteError):
+        learner.step(batch)
+    assert (learner.flat.read() == before).all() and learner.num_steps == 0
+
+
+def test_learning_rate_warms_up_and_falls_by_hand():
+    config = LearnerConfig(learning_rate=1.0, final_learning_rate=0.1, warmup_steps=4, decay_steps=100)
+    rates = [learning_rate(config, step) for step in (0, 3, 4, 54, 104, 10_000)]
+    assert rates == pytest.approx([0.25, 1.0, 1.0, 0.55, 0.1, 0.1])
+
+
+def test_cuda_without_a_gpu_is_an_error(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="torch sees no GPU"):
+        choose_device("cuda")
+    assert choose_device("auto").type == choose_device("cpu").type == "cpu"
+
+
+def test_the_whole_loop_reaches_the_optimum_of_the_chain():
+    """Ten states: greedy for the near end earns 0.2, the best play earns 1 after four steps (JUMP, …, RIGHT)."""
+    builder = make_builder(
+        network={"hidden_sizes": [32], "embedding_size": 16},
+        algorithm={"td_steps": 50},
+        replay={"max_transitions": 1500},
+        actor={"envs_per_actor": 16, "temperatures": [[0, 1.0], [200, 0.25]]},
+        learner={"batch_size": 64, "learning_rate": 0.01, "final_learning_rate": 0.003, "average_decay": 0.9},
+    )
+    shard, learner, actor = builder.replay_shard(0), builder.learner(), builder.actor(0, 0)
+    evaluator = builder.evaluator(builder.networks())
+    outbox = Outbox(lambda offers: {0: shard.insert(offers[0])}, 1, 64)
+    while learner.num_steps < 800:
+        actor.set_weights(*learner.weights(), learner.num_steps)
+        turns = iter((False, True))
+        actor.play(outbox, lambda turns=turns: next(turns), no_sleep)
+        learner.learn(ready_batches([shard]))
+
+    evaluator.set_weights(*learner.weights())
+    result = evaluator.evaluate(3, (1,))
+    chain = make_chain(builder.config.environment)
+    solution = solve(chain, 0.95)
+    assert result["returns"] == [1.0] * 3
+    # The learnt value of the start is near the best one; it is of play with noise, hence a little lower.
+    value = evaluator.model.search_model.initial(chain.initial_state()[None, None], 1)[0][0]
+    assert value == pytest.approx(solution.values[chain.start], abs=0.1)
+    for worker in (actor, evaluator):
+        worker.close()

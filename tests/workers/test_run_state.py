@@ -1,0 +1,88 @@
+import pytest
+
+from distributed_muzero.config import RunConfig
+from distributed_muzero.workers.run_state import ActorReport, LearnerReport, RunState
+
+
+class Clock:
+    seconds = 100.0
+
+    def __call__(self):
+        return self.seconds
+
+
+def make_state(**limits):
+    clock = Clock()
+    return RunState(RunConfig(**limits), clock), clock
+
+
+def test_a_run_without_limits_is_never_over():
+    state, clock = make_state()
+    clock.seconds += 1e9
+    state.add_actor_report(ActorReport(env_steps=10**9))
+    assert state.stop_reason() is None
+
+
+def test_environment_steps_end_a_run():
+    state, _ = make_state(max_env_steps=100)
+    state.add_actor_report(ActorReport(env_steps=99))
+    assert state.stop_reason() is None
+    state.add_actor_report(ActorReport(env_steps=1))
+    assert "100 environment steps" in state.stop_reason()
+
+
+def test_learner_steps_end_a_run():
+    state, _ = make_state(max_train_steps=10)
+    state.add_learner_report(LearnerReport(9, 0))
+    assert state.stop_reason() is None
+    state.add_learner_report(LearnerReport(10, 1))
+    assert "10 learner steps" in state.stop_reason()
+
+
+def test_minutes_end_a_run():
+    state, clock = make_state(max_minutes=0.5)
+    clock.seconds += 29
+    assert state.stop_reason() is None
+    clock.seconds += 1
+    assert "0.5 minutes" in state.stop_reason()
+
+
+def test_only_an_evaluation_that_reaches_the_return_ends_a_run():
+    state, _ = make_state(stop_at_return=5)
+    state.add_actor_report(ActorReport(returns=[9.0], lengths=[1]))  # play with noise doesn't count
+    state.evaluation = {"mean_return": 4.9}
+    assert state.stop_reason() is None
+    state.evaluation = {"mean_return": 5.0}
+    assert "mean return of 5" in state.stop_reason()
+
+
+def test_counts_add_up_and_a_late_report_never_turns_them_back():
+    state, _ = make_state()
+    state.add_learner_report(LearnerReport(20, 2, {"train/loss": 1.0}, waited_seconds=1))
+    state.add_learner_report(LearnerReport(10, 1, {}, waited_seconds=2))
+    assert (state.learner.learner_steps, state.learner.weights_version) == (20, 2)
+    assert state.learner.metrics == {"train/loss": 1.0} and state.learner.waited_seconds == 3
+
+
+def test_rates_are_over_the_time_since_the_last_look():
+    state, clock = make_state()
+    state.add_actor_report(ActorReport(env_steps=100, simulations=1000))
+    clock.seconds += 10
+    assert state.metrics([])["rollout/env_steps_per_second"] == pytest.approx(10)
+    state.add_actor_report(ActorReport(env_steps=300, returns=[2.0, 4.0], lengths=[5, 7]))
+    clock.seconds += 2
+    metrics = state.metrics([])
+    assert metrics["rollout/env_steps_per_second"] == pytest.approx(150)
+    assert metrics["search/simulations_per_second"] == 0
+    assert (metrics["rollout/ep_rew_mean"], metrics["rollout/ep_len_mean"]) == (3, 6)
+
+
+def test_samples_per_insert_is_over_all_shards():
+    state, _ = make_state()
+    shard = {"transitions": 10, "episodes": 1, "evicted_transitions": 0, "rejected_episodes": 0}
+    shards = [
+        {**shard, "sampled_rows": 300, "inserted_transitions": 10},
+        {**shard, "sampled_rows": 100, "inserted_transitions": 30},
+    ]
+    metrics = state.metrics(shards)
+    assert (metrics["replay/samples_per_insert"], metrics["replay/transitions"]) == (10, 20)
