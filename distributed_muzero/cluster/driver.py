@@ -276,6 +276,8 @@ class Driver:
             del self.calls[ready]
 
     def _write_last_checkpoint(self) -> None:
+        if not self.book.state.learner.learner_steps:
+            return  # nothing was learnt, and the learner may not even have started
         try:
             (arrays, state), _ = ray.get(self.learner.handle.state.remote(), timeout=CALL_TIMEOUT_SECONDS)
         except RayActorError as error:
@@ -283,5 +285,4 @@ class Driver:
                 f"the last checkpoint could not be written, the learner is gone: {error}"
             )
             return
-        if state["learner_steps"]:
-            self.book.write_checkpoint(arrays, state)
+        self.book.write_checkpoint(arrays, state)

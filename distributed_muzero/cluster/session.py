@@ -26,6 +26,8 @@ def ray_session(num_actors: int, **options: object) -> Iterator[None]:
     """Connects to RAY_ADDRESS if it is set; else starts a Ray on this machine and ends it afterwards."""
     address = os.environ.get("RAY_ADDRESS")
     if not address:
+        # Ray starts its workers at niceness 15: beside any other program they would get next to nothing.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         # Every actor asks for a whole CPU; on a small machine they share what is there.
         options = {"num_cpus": max(os.cpu_count() or 1, num_actors), "include_dashboard": False, **options}
     ray.init(
