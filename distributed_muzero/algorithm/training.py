@@ -100,10 +100,7 @@ def collect_parameters(*functions: Callable) -> list[Tensor]:
 
     Looked for in modules, callable objects, bound methods and their owners, partials, closures, globals, defaults.
     """
-    found: dict[int, Tensor] = {}
-    for tensor in _reachable_tensors(functions, set()):
-        found.setdefault(id(tensor), tensor)
-    return list(found.values())
+    return list(_reachable_tensors(functions, set()))
 
 
 def _reachable_tensors(things: Iterable[Any], seen: set[int]) -> Iterator[Tensor]:

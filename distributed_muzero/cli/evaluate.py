@@ -37,7 +37,6 @@ def evaluate_run(
     """Evaluates the best checkpoint, or the last one where none was evaluated. Raises CheckpointError."""
     from distributed_muzero import checkpoint
     from distributed_muzero.errors import CheckpointError
-    from distributed_muzero.networks.flat import FlatWeights
     from distributed_muzero.workers.builder import Builder
 
     saved = checkpoint.best_or_latest(folder.checkpoints)
@@ -45,12 +44,8 @@ def evaluate_run(
         raise CheckpointError(
             f"run {folder.name} has no checkpoint yet in {folder.checkpoints}; train it for longer"
         )
-    builder = Builder(folder.config, folder.name)
-    networks = builder.networks()
-    evaluator = builder.evaluator(networks)
-    evaluator.set_weights(
-        saved.state["weights_version"], FlatWeights(networks).vector_of(saved.tensors["weights"])
-    )
+    evaluator = Builder(folder.config, folder.name).evaluator()
+    evaluator.load(saved)
     try:
         result = evaluator.evaluate(num_episodes, seeds, num_simulations)
     finally:

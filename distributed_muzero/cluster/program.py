@@ -74,8 +74,7 @@ class LearnerWorker:
 class EvaluatorWorker:
     def __init__(self, config: Config, run_name: str):
         self.config = config.evaluator
-        builder = Builder(config, run_name)
-        self.evaluator = builder.evaluator(builder.networks())
+        self.evaluator = Builder(config, run_name).evaluator()
 
     def evaluate(self, version: int, weights: np.ndarray, seeds: tuple[int, ...]) -> dict[str, object]:
         self.evaluator.set_weights(version, weights)

@@ -12,7 +12,7 @@ from distributed_muzero.errors import CheckpointError
 
 
 class FlatWeights:
-    """Rebinds every parameter of `module` (and its gradient) to a slice of one vector.
+    """Rebinds every parameter of `module` (and its gradient) to a slice of one vector; make one for a module, not two.
 
     `vector` is a leaf parameter [P]: hand it to an optimiser. Buffers of floating type (running means) are copied in
     behind the parameters when weights are read, and out when they are written. `layout` names each slice.

@@ -145,7 +145,7 @@ def _add_rows(x, rows, actions, relu):
     for b in range(x.shape[0]):
         for i in range(x.shape[1]):
             y = x[b, i] + rows[actions[b], i]
-            x[b, i] = np.float32(0) if relu and y < 0 else y  # max() would turn NaN into 0
+            x[b, i] = max(y, np.float32(0)) if relu else y
 
 
 @njit(cache=True, fastmath={"reassoc", "contract", "nsz"})
@@ -153,7 +153,7 @@ def _add_bias(x, bias, relu):
     for b in range(x.shape[0]):
         for i in range(x.shape[1]):
             y = x[b, i] + bias[i]
-            x[b, i] = np.float32(0) if relu and y < 0 else y  # max() would turn NaN into 0
+            x[b, i] = max(y, np.float32(0)) if relu else y
 
 
 @njit(cache=True, fastmath={"reassoc", "contract", "nsz"})

@@ -25,7 +25,7 @@ class PolicyModel:
 
     def __init__(self, networks: Networks):
         self._networks = networks
-        self._flat = FlatWeights(networks)
+        self.flat = FlatWeights(networks)
         self.version = -1
         self.search_model: SearchModel | None = None
 
@@ -36,7 +36,7 @@ class PolicyModel:
 
     def load(self, version: int, weights: np.ndarray) -> None:
         """Takes these weights, whatever came before."""
-        self._flat.write(weights)
+        self.flat.write(weights)
         self._networks.eval()
         self.search_model = make_search_model(self._networks)
         self.version = version

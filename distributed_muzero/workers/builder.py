@@ -50,10 +50,10 @@ class Builder:
 
         return Learner(self.networks(), self.config.learner)
 
-    def evaluator(self, networks: Networks) -> Evaluator:
+    def evaluator(self) -> Evaluator:
         from distributed_muzero.workers.evaluator import Evaluator
 
-        return Evaluator(self.environment, networks, self.config)
+        return Evaluator(self.environment, self.networks(), self.config)
 
     def replay_shard(self, index: int) -> ReplayShard:
         config = self.config

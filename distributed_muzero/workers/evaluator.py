@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from distributed_muzero.algorithm.acting import Game, act
+from distributed_muzero.checkpoint import Checkpoint
 from distributed_muzero.config import Config
 from distributed_muzero.environments.base import Environment
 from distributed_muzero.networks.base import Networks
@@ -27,6 +28,10 @@ class Evaluator:
     def set_weights(self, version: int, weights: np.ndarray) -> None:
         """The weights to evaluate. Two checkpoints may lie within one version, so the version decides nothing here."""
         self.model.load(version, weights)
+
+    def load(self, saved: Checkpoint) -> None:
+        """A checkpoint's weights. Raises CheckpointError if they are of other networks."""
+        self.set_weights(saved.state["weights_version"], self.model.flat.vector_of(saved.tensors["weights"]))
 
     def evaluate(
         self, num_episodes: int, seeds: Sequence[int], num_simulations: int | None = None

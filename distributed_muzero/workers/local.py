@@ -20,7 +20,7 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
     """Runs the loop until a limit of `config.run` or a request to stop; returns the reason in words."""
     builder = Builder(config, run_name)
     shards = [builder.replay_shard(index) for index in range(config.replay.num_shards)]
-    learner, evaluator = builder.learner(), builder.evaluator(builder.networks())
+    learner, evaluator = builder.learner(), builder.evaluator()
     actors = [builder.actor(index, 0) for index in range(config.actor.num_actors)]
 
     def insert(offers: dict[int, list[Episode]]) -> dict[int, list[InsertReply]]:

@@ -144,7 +144,7 @@ def test_with_no_shard_in_reach_an_actor_waits_and_holds_a_bounded_number_of_epi
 
 
 def evaluate(builder, seeds, weights_seed=1, **options):
-    evaluator = builder.evaluator(builder.networks())
+    evaluator = builder.evaluator()
     evaluator.set_weights(0, some_weights(builder, weights_seed))
     result = evaluator.evaluate(4, seeds, **options)
     evaluator.close()
@@ -169,7 +169,7 @@ def test_evaluation_ignores_noise_and_temperature():
 
 def test_an_evaluator_that_is_used_again_starts_its_games_anew():
     builder = make_builder()
-    evaluator = builder.evaluator(builder.networks())
+    evaluator = builder.evaluator()
     evaluator.set_weights(0, some_weights(builder))
     first = evaluator.evaluate(2, (1,))
     evaluator.evaluate(3, (2,))
@@ -180,7 +180,7 @@ def test_an_evaluator_that_is_used_again_starts_its_games_anew():
 def test_evaluation_plays_with_the_weights_it_was_given_even_within_one_version():
     """Two checkpoints may lie between two published versions; each is evaluated as it is."""
     builder = make_builder(environment={"max_episode_steps": 500})
-    evaluator = builder.evaluator(builder.networks())
+    evaluator = builder.evaluator()
     for weights_seed in (1, 2):
         evaluator.set_weights(5, some_weights(builder, weights_seed))
         assert evaluator.evaluate(4, (1,))["returns"] == evaluate(builder, (1,), weights_seed)["returns"]

@@ -166,7 +166,7 @@ def test_the_whole_loop_reaches_the_optimum_of_the_chain():
         learner={"batch_size": 64, "learning_rate": 0.01, "final_learning_rate": 0.003, "average_decay": 0.9},
     )
     shard, learner, actor = builder.replay_shard(0), builder.learner(), builder.actor(0, 0)
-    evaluator = builder.evaluator(builder.networks())
+    evaluator = builder.evaluator()
     outbox = Outbox(lambda offers: {0: shard.insert(offers[0])}, 1, 64)
     while learner.num_steps < 800:
         actor.set_weights(*learner.weights(), learner.num_steps)
