@@ -14,7 +14,10 @@ Insert = Callable[[dict[int, list[Episode]]], dict[int, list[InsertReply]]]
 
 
 class Outbox:
-    """At most `limit` episodes without acknowledgement; nothing leaves it otherwise.
+    """Episodes without acknowledgement; nothing leaves it otherwise.
+
+    It is full from `limit` on, and an actor then plays no further step. The step that fills it may end several games,
+    so B games in lockstep hold at most limit + B − 1 episodes.
 
     An episode's shard follows from its id, so one that is offered again, because an answer was lost, meets the shard
     that may hold it already.
