@@ -24,7 +24,9 @@ MEMORY_SECONDS = 2.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="cartpole")
     parser.add_argument("--env", help="an environment without a preset, in place of --preset")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
@@ -32,7 +34,9 @@ def main() -> None:
     parser.add_argument("options", nargs="*", help="for `train`")
     arguments = parser.parse_args()
     source = ["--env", arguments.env] if arguments.env else ["--preset", arguments.preset]
-    print("| seed | trained (s) | wall (s) | environment steps | learner steps | in training | last evaluation | MB |")
+    print(
+        "| seed | trained (s) | wall (s) | environment steps | learner steps | in training | last evaluation | MB |"
+    )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     rows = [measure([*source, *arguments.options], seed, arguments.timeout) for seed in arguments.seeds]
     times = [row["trained_seconds"] for row in rows]

@@ -74,8 +74,10 @@ class SearchConfig(Section):
 class ActorConfig(Section):
     num_actors: Positive = 1
     envs_per_actor: Positive = 32  # B, games in lockstep through one batched search
-    temperatures: tuple[tuple[int, float], ...] = ((0, 1.0),)  # (from learner step, temperature), rising steps
-    max_unacknowledged: Positive = 64  # finished episodes in flight before the actor waits
+    temperatures: tuple[tuple[int, float], ...] = (
+        (0, 1.0),
+    )  # (from learner step, temperature), rising steps
+    max_unacknowledged: Positive = 64  # finished episodes without acknowledgement before the actor waits
 
     @model_validator(mode="after")
     def _check(self) -> ActorConfig:
@@ -93,13 +95,17 @@ class ReplayConfig(Section):
     max_bytes: Positive = 2 * 1024**3  # over all shards
     min_size_to_sample: Positive = 1_000  # transitions over all shards before the learner starts
     samples_per_insert: Annotated[float, Field(gt=0)] = 32.0  # sampled rows for each stored transition
-    error_buffer: Annotated[float, Field(gt=0)] | None = None  # slack in samples; none = chosen from the batch
+    error_buffer: Annotated[float, Field(gt=0)] | None = (
+        None  # slack in samples; none = chosen from the batch
+    )
 
 
 class LearnerConfig(Section):
     batch_size: Positive = 256  # M
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    final_learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # reached after decay_steps, along a half cosine
+    final_learning_rate: Annotated[float, Field(gt=0)] = (
+        1e-4  # reached after decay_steps, along a half cosine
+    )
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     decay_steps: Positive = 20_000
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -107,7 +113,9 @@ class LearnerConfig(Section):
     value_weight: Annotated[float, Field(ge=0)] = 0.25
     reward_weight: Annotated[float, Field(ge=0)] = 1.0
     policy_weight: Annotated[float, Field(ge=0)] = 1.0
-    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # of the published moving average; 0 = the raw weights
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = (
+        0.99  # of the published moving average; 0 = the raw weights
+    )
     publish_interval: Positive = 20  # learner steps between two weights versions
     keep_checkpoints: Positive = 3
     prefetch: Positive = 2  # batches in flight from every shard
@@ -117,7 +125,9 @@ class LearnerConfig(Section):
 
 class EvaluatorConfig(Section):
     num_episodes: Positive = 20
-    interval_seconds: Annotated[float, Field(ge=0)] = 3.0  # at least, between two checkpoints and their evaluations
+    interval_seconds: Annotated[float, Field(ge=0)] = (
+        3.0  # at least, between two checkpoints and their evaluations
+    )
     num_simulations: Positive | None = None  # none = the search's own
 
 
@@ -144,9 +154,19 @@ class Config(Section):
     def _check(self) -> Config:
         slack, rows = self.replay.error_buffer, self.learner.batch_size
         if slack is not None and slack < rows:
-            raise ValueError(f"replay.error_buffer {slack} is below learner.batch_size {rows}: nothing would move")
+            raise ValueError(
+                f"replay.error_buffer {slack} is below learner.batch_size {rows}: nothing would move"
+            )
         if self.replay.min_size_to_sample > self.replay.max_transitions:
-            raise ValueError("replay.min_size_to_sample is above replay.max_transitions: the learner would never start")
+            raise ValueError(
+                "replay.min_size_to_sample is above replay.max_transitions: the learner would never start"
+            )
+        share = self.replay.max_transitions // self.replay.num_shards
+        if share <= self.environment.max_episode_steps:
+            raise ValueError(
+                f"a shard's share of replay.max_transitions is {share}, too small for one episode of "
+                f"environment.max_episode_steps {self.environment.max_episode_steps}"
+            )
         return self
 
     def to_yaml(self) -> str:
@@ -156,13 +176,17 @@ class Config(Section):
 def preset_names() -> list[str]:
     """Names of the shipped presets, sorted."""
     folder = resources.files("distributed_muzero") / "presets"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def load_preset(name: str) -> dict[str, Any]:
     """The preset's sections, as plain dictionaries. Raises ConfigError for an unknown name."""
     if name not in preset_names():
-        raise ConfigError(f"no preset {name!r}{_suggest(name, preset_names())}. Presets: {', '.join(preset_names())}")
+        raise ConfigError(
+            f"no preset {name!r}{_suggest(name, preset_names())}. Presets: {', '.join(preset_names())}"
+        )
     return _parse_yaml((resources.files("distributed_muzero") / "presets" / f"{name}.yaml").read_text(), name)
 
 
@@ -182,7 +206,9 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         key, separator, value = text.partition("=")
         section, dot, name = key.strip().partition(".")
         if not separator or not dot or not section or not name:
-            raise ConfigError(f"--set {text!r}: expected section.key=value, for example learner.batch_size=128")
+            raise ConfigError(
+                f"--set {text!r}: expected section.key=value, for example learner.batch_size=128"
+            )
         try:
             sections.setdefault(section, {})[name] = _number(yaml.safe_load(value))
         except yaml.YAMLError:
@@ -239,4 +265,7 @@ def _parse_yaml(text: str, source: str) -> dict[str, Any]:
         raise ConfigError(f"{source} isn't valid YAML: {error}") from None
     if not isinstance(sections, dict) or not all(isinstance(value, dict) for value in sections.values()):
         raise ConfigError(f"{source} must be a mapping of sections, such as `learner:` with its keys below")
-    return {section: {key: _number(value) for key, value in values.items()} for section, values in sections.items()}
+    return {
+        section: {key: _number(value) for key, value in values.items()}
+        for section, values in sections.items()
+    }

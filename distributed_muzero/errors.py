@@ -1,14 +1,14 @@
 """Every exception that users may meet, in one tree.
 
-    DistributedMuZeroError            each message says what came, what was expected, what to do
-    ├── ConfigError                   a key, value, preset or file of the configuration
-    ├── EnvironmentFailure             an environment that can't be made or breaks its contract
-    │   └── UnknownEnvironmentError   no such id, or its extra isn't installed
-    ├── ContractError                 shapes, masks and numbers handed to planning, acting, training
-    ├── NonFiniteError                NaN or Inf from an environment or a network, with step and seed
-    ├── RunError                      the run's name, its folder, a run that exists or doesn't
-    ├── CheckpointError               a checkpoint that is missing, incomplete or corrupt
-    └── RejectedEpisode               a replay shard refused an episode; carries `reason`
+DistributedMuZeroError            each message says what came, what was expected, what to do
+├── ConfigError                   a key, value, preset or file of the configuration
+├── EnvironmentFailure             an environment that can't be made or breaks its contract
+│   └── UnknownEnvironmentError   no such id, or its extra isn't installed
+├── ContractError                 shapes, masks and numbers handed to planning, acting, training
+├── NonFiniteError                NaN or Inf from an environment or a network, with step and seed
+├── RunError                      the run's name, its folder, a run that exists or doesn't
+├── CheckpointError               a checkpoint that is missing, incomplete or corrupt
+└── RejectedEpisode               a replay shard refused an episode; carries `reason`
 """
 
 

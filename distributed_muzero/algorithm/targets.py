@@ -31,10 +31,10 @@ def num_start_positions(episode: Episode, num_unroll_steps: int) -> int:
     """How many positions of an episode may begin a row.
 
     A terminated game is absorbing, so every step will do. Behind a time limit nothing is known, and padding it with
-    zeros would teach that the limit ends the game: rows must end at the final observation. (A game that was cut
-    before K steps gives its first position all the same, padded as decision 6 says.)
+    zeros would teach that the limit ends the game: rows must end at the final observation. A game that was cut
+    before K steps has no such row.
     """
-    return episode.num_steps if episode.terminated else max(episode.num_steps - num_unroll_steps + 1, 1)
+    return episode.num_steps if episode.terminated else max(episode.num_steps - num_unroll_steps + 1, 0)
 
 
 def make_batch(

@@ -28,10 +28,10 @@ def search(
         raise ConfigError(
             f"--batches {batches!r}: expected numbers separated by commas, such as 1,64"
         ) from None
-    from distributed_muzero.benchmarks import search as benchmark
+    from distributed_muzero.benchmarks.search import print_table, run
 
-    result = benchmark.run(batches=sizes, simulations=simulations, against_mctx=against == "mctx")
+    result = run(batches=sizes, simulations=simulations, against_mctx=against == "mctx")
     if as_json:
         print(json.dumps(result))
     else:
-        benchmark.print_table(result)
+        print_table(result)

@@ -55,6 +55,7 @@ def evaluate_run(
 
 def print_result(result: Mapping[str, Any]) -> None:
     print(
-        f"evaluation of {result['checkpoint']} (weights version {result['weights_version']}), {result['episodes']} games "
-        f"without noise: mean return {result['mean_return']:.1f} ± {result['std_return']:.1f}"
+        f"evaluation of {result['checkpoint']} (weights version {result['weights_version']}), "
+        f"{result['episodes']} games without noise: "
+        f"mean return {result['mean_return']:.1f} ± {result['std_return']:.1f}"
     )

@@ -167,11 +167,7 @@ class Driver:
         self._call(role, call, lambda report: self._on_play(role, report))
 
     def _on_play(self, role: Role, report: Any) -> None:
-        self.book.state.add_actor_report(report)
-        if report.num_rejected:
-            self.book.progress.message(
-                f"{role.name}: {report.num_rejected} rejected, last: {report.last_rejection}"
-            )
+        self.book.add_actor_report(report)
         if role in self.actors:
             self._play(role)
 

@@ -73,12 +73,15 @@ class LearnerWorker:
 @ray.remote(num_cpus=0)
 class EvaluatorWorker:
     def __init__(self, config: Config, run_name: str):
-        self.config = config.evaluator
+        self.config = config
         self.evaluator = Builder(config, run_name).evaluator()
 
     def evaluate(self, version: int, weights: np.ndarray, seeds: tuple[int, ...]) -> dict[str, object]:
         self.evaluator.set_weights(version, weights)
-        return self.evaluator.evaluate(self.config.num_episodes, seeds, self.config.num_simulations)
+        section = self.config.evaluator
+        return self.evaluator.evaluate_for_goal(
+            section.num_episodes, seeds, section.num_simulations, self.config.run.stop_at_return
+        )
 
 
 class RemoteInsert:

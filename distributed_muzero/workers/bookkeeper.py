@@ -14,7 +14,7 @@ from distributed_muzero.config import Config
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.observability.recorder import Recorder
 from distributed_muzero.run_folder import RunFolder
-from distributed_muzero.workers.run_state import RunState
+from distributed_muzero.workers.run_state import ActorReport, RunState
 
 TICK_SECONDS = 1.0
 
@@ -39,6 +39,15 @@ class Bookkeeper:
         self._last_evaluation = clock()
         self._evaluated_step = 0
         self._best_return = -np.inf
+        self._shown_rejections: set[str] = set()
+
+    def add_actor_report(self, report: ActorReport) -> None:
+        """Counts what an actor did. A refusal is shown once for each kind of it."""
+        self.state.add_actor_report(report)
+        kind = report.last_rejection.partition(":")[0]
+        if kind and kind not in self._shown_rejections:
+            self._shown_rejections.add(kind)
+            self.progress.message(report.last_rejection)
 
     def tick(self, shards: Sequence[Mapping[str, float]], *, num_actors: int, num_restarts: int = 0) -> None:
         """Once a second: records the metrics and shows them."""

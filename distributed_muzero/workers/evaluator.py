@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from distributed_muzero.environments.base import Environment
 from distributed_muzero.networks.base import Networks
 from distributed_muzero.workers.actor import PolicyModel
 
+CONFIRMATION_STREAM = 1
 SEED_STREAM = 0x5EED  # keeps evaluation's games apart from every actor's
 
 
@@ -33,9 +35,21 @@ class Evaluator:
         """A checkpoint's weights. Raises CheckpointError if they are of other networks."""
         self.set_weights(saved.state["weights_version"], self.model.flat.vector_of(saved.tensors["weights"]))
 
+    def evaluate_for_goal(
+        self, num_episodes: int, seeds: Sequence[int], num_simulations: int | None, goal: float | None
+    ) -> dict[str, Any]:
+        """`evaluate`; but a mean return that reaches the goal is played again on new games, and those count.
+
+        Among many evaluations the luckiest one would end the run, and say more than the weights can do.
+        """
+        result = self.evaluate(num_episodes, seeds, num_simulations)
+        if goal is None or result["mean_return"] < goal:
+            return result
+        return self.evaluate(num_episodes, (*seeds, CONFIRMATION_STREAM), num_simulations)
+
     def evaluate(
         self, num_episodes: int, seeds: Sequence[int], num_simulations: int | None = None
-    ) -> dict[str, object]:
+    ) -> dict[str, Any]:
         """Plays games whose starts follow from `seeds`: mean_return, std_return, returns, episodes, weights_version.
 
         num_simulations: in place of the config's. Two evaluations share their games only if they share their seeds.

@@ -31,7 +31,7 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
         while True:
             for actor, outbox in zip(actors, outboxes, strict=True):
                 actor.set_weights(*learner.weights(), learner.num_steps)
-                book.state.add_actor_report(actor.play(outbox, iter((False, True)).__next__, no_sleep))
+                book.add_actor_report(actor.play(outbox, iter((False, True)).__next__, no_sleep))
             book.state.add_learner_report(learner.learn(ready_batches(shards)))
             book.tick([shard.stats() for shard in shards], num_actors=len(actors))
             reason = book.state.stop_reason() or ("a stop was asked for" if stop_requested() else None)
@@ -63,7 +63,9 @@ def evaluate(learner: Learner, evaluator: Evaluator, book: Bookkeeper) -> None:
     evaluator.set_weights(*learner.weights())
     config = evaluator.config
     seeds = (config.run.seed, learner.num_steps)
-    result = evaluator.evaluate(config.evaluator.num_episodes, seeds, config.evaluator.num_simulations)
+    result = evaluator.evaluate_for_goal(
+        config.evaluator.num_episodes, seeds, config.evaluator.num_simulations, config.run.stop_at_return
+    )
     book.add_evaluation(result, path, state["learner_steps"])
 
 

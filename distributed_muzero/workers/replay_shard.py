@@ -67,7 +67,7 @@ class ReplayShard:
         if not self.limiter.can_insert():
             return InsertReply("wait")
         try:
-            validate(episode, self.spec, self.ring.capacity - 1)
+            num_starts = self._validate(episode)
         except RejectedEpisode as error:
             self.rejects[error.reason] += 1
             return InsertReply("rejected", str(error))
@@ -78,12 +78,25 @@ class ReplayShard:
             self.algorithm.td_steps,
             episode.to_play,
         )
-        self.ring.add(episode, returns, num_start_positions(episode, self.algorithm.num_unroll_steps))
+        self.ring.add(episode, returns, num_starts)
         self.limiter.count_insert(episode.num_steps)
         self._seen[episode.episode_id] = None
         if len(self._seen) > MAX_REMEMBERED_IDS:
             self._seen.popitem(last=False)
         return InsertReply("stored")
+
+    def _validate(self, episode: Episode) -> int:
+        """The number of its start positions. Raises RejectedEpisode for an episode that can't be learnt from."""
+        validate(episode, self.spec, self.ring.capacity - 1)
+        num_unroll_steps = self.algorithm.num_unroll_steps
+        num_starts = num_start_positions(episode, num_unroll_steps)
+        if num_starts == 0:
+            raise RejectedEpisode(
+                "cut_short",
+                f"truncated after {episode.num_steps} steps, before algorithm.num_unroll_steps {num_unroll_steps}; "
+                "raise the time limit or unroll fewer steps",
+            )
+        return num_starts
 
     def sample(self) -> Batch | None:
         """A batch of `batch_size` rows drawn uniformly, or None while the limiter holds the learner back."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from distributed_muzero.config import RunConfig
 
@@ -50,7 +51,7 @@ class RunState:
         self.simulations = 0
         self.episodes = 0
         self.learner = LearnerReport()
-        self.evaluation: dict[str, object] | None = None
+        self.evaluation: dict[str, Any] | None = None
 
     @property
     def seconds(self) -> float:
@@ -82,7 +83,7 @@ class RunState:
         if limits.max_minutes is not None and self.seconds >= 60 * limits.max_minutes:
             return f"{limits.max_minutes:g} minutes are over"
         if limits.stop_at_return is not None and self.evaluation is not None:
-            mean = float(self.evaluation["mean_return"])  # type: ignore[arg-type]
+            mean = float(self.evaluation["mean_return"])
             if mean >= limits.stop_at_return:
                 return f"an evaluation reached a mean return of {mean:.1f}"
         return None

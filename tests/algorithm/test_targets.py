@@ -68,7 +68,7 @@ def test_rows_behind_a_time_limit_never_reach_past_the_final_observation():
     assert (
         num_start_positions(make_episode(9, terminated=False), 5) == 5
     )  # steps 0 … 4: 4 + 5 is the final one
-    assert num_start_positions(make_episode(3, terminated=False), 5) == 1
+    assert num_start_positions(make_episode(3, terminated=False), 5) == 0
 
 
 @pytest.mark.parametrize("terminated", [True, False])

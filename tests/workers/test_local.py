@@ -16,10 +16,14 @@ from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import Builder
 
 
-def train(tmp_path, name, **limits):
+def train(tmp_path, name, interval_seconds=100.0, **limits):
     config = make_config(
         load_preset("debug"),
-        {"run": limits, "evaluator": {"interval_seconds": 0.0}, "learner": {"keep_checkpoints": 100}},
+        {
+            "run": limits,
+            "evaluator": {"interval_seconds": interval_seconds},
+            "learner": {"keep_checkpoints": 100},
+        },
     )
     folder = create_run(tmp_path, name, config)
     book = Bookkeeper(config, folder, Progress(Console(file=io.StringIO())))
@@ -29,21 +33,24 @@ def train(tmp_path, name, **limits):
 
 
 def test_a_checkpoint_plays_the_very_games_that_it_was_evaluated_by(tmp_path):
-    folder, _, _ = train(tmp_path, "r", max_train_steps=120)
+    folder, _, _ = train(tmp_path, "r", interval_seconds=0.2, max_train_steps=120)
     evaluations = [json.loads(line) for line in folder.evaluations_file.read_text().splitlines()]
     assert len(evaluations) > 1
     for evaluation in evaluations:
         evaluator = Builder(folder.config, "r").evaluator()
         evaluator.load(checkpoint.read_checkpoint(folder.checkpoints / evaluation["checkpoint"]))
         seeds = (folder.config.run.seed, evaluation["learner_steps"])
-        assert evaluator.evaluate(folder.config.evaluator.num_episodes, seeds)["returns"] == evaluation["returns"]
+        assert (
+            evaluator.evaluate(folder.config.evaluator.num_episodes, seeds)["returns"]
+            == evaluation["returns"]
+        )
 
 
 def test_every_limit_ends_the_run_and_is_named(tmp_path):
     assert "learner steps" in train(tmp_path, "a", max_train_steps=10)[2]
     assert "environment steps" in train(tmp_path, "b", max_env_steps=50)[2]
     assert "minutes" in train(tmp_path, "c", max_minutes=0.01)[2]
-    assert "evaluation" in train(tmp_path, "d", stop_at_return=1.0)[2]
+    assert "evaluation" in train(tmp_path, "d", interval_seconds=0.0, stop_at_return=1.0)[2]
 
 
 def test_the_same_seed_learns_the_same_weights(tmp_path):
