@@ -14,6 +14,7 @@ from distributed_muzero.config import NetworkConfig
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.networks.base import Networks
 from distributed_muzero.networks.mlp_inference import MLPInference
+from distributed_muzero.networks.normalizer import ObservationNormalizer
 
 NORMALIZE_EPSILON = 1e-5
 
@@ -31,11 +32,12 @@ class MLP(Networks):
     def __init__(self, spec: EnvironmentSpec, history_length: int, config: NetworkConfig):
         super().__init__()
         self.num_actions = spec.num_actions
-        self.is_bytes = spec.observation_dtype == "uint8"
         hidden, embedding = list(config.hidden_sizes), config.embedding_size
         num_inputs = history_length
         for size in spec.observation_shape:
             num_inputs *= size
+        is_bytes = spec.observation_dtype == "uint8"
+        self.normalizer = None if is_bytes else ObservationNormalizer(num_inputs)
         self.value_head = self.reward_head = CategoricalOutput(
             config.support_min, config.support_max, config.support_size
         )
@@ -49,9 +51,9 @@ class MLP(Networks):
         return min_max_normalize(self.representation_layers(self.features(observations)))
 
     def features(self, observations: Tensor) -> Tensor:
-        """Any scale of observation to small numbers: bytes to [0, 1], the rest by sign(x)·log(1+|x|)."""
+        """Any scale of observation to small numbers: bytes to [0, 1], the rest by its mean and variance."""
         flat = observations.flatten(1).to(torch.float32)
-        return flat / 255 if self.is_bytes else torch.sign(flat) * torch.log1p(torch.abs(flat))
+        return flat / 255 if self.normalizer is None else self.normalizer(flat)
 
     def transition(self, embeddings: Tensor, actions: Tensor) -> Tensor:
         hot = functional.one_hot(actions, self.num_actions).to(embeddings.dtype)

@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 
 from distributed_muzero.algorithm.value_transform import EPSILON
+from distributed_muzero.networks.normalizer import LIMIT
 from distributed_muzero.search.simulate import Expansion
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class MLPInference:
     """A snapshot of an MLP's weights that keeps the embeddings of a search by (node, row)."""
 
     def __init__(self, networks: MLP):
-        self.is_bytes = networks.is_bytes
+        self.input_mean, self.input_scale = _input_statistics(networks)
         self.num_actions = networks.num_actions
         self.representation = _layers(networks.representation_layers)
         transition = _layers(networks.transition_layers)
@@ -120,7 +121,15 @@ class MLPInference:
 
     def _features(self, observations: np.ndarray) -> np.ndarray:
         flat = observations.reshape(len(observations), -1).astype(np.float32)
-        return flat / 255 if self.is_bytes else np.sign(flat) * np.log1p(np.abs(flat))
+        return np.clip((flat - self.input_mean) * self.input_scale, -LIMIT, LIMIT)
+
+
+def _input_statistics(networks: MLP) -> tuple[np.ndarray, np.ndarray]:
+    """What is subtracted from the inputs and what they are multiplied by; both [I], or [1] for bytes."""
+    if networks.normalizer is None:
+        return np.zeros(1, np.float32), np.full(1, 1 / 255, np.float32)
+    mean, scale = networks.normalizer.mean, networks.normalizer.scale()
+    return mean.cpu().numpy().copy(), scale.cpu().numpy()
 
 
 def _layers(module: Iterable[Any]) -> list[Layer]:
