@@ -28,8 +28,10 @@ def make_builder(environment_id="CartPole-v1", /, **sections):
 
 def some_weights(builder, seed=1):
     """Weights of networks whose heads have opinions."""
-    size = FlatWeights(builder.networks()).size
-    return (0.5 * np.random.default_rng(seed).normal(size=size)).astype(np.float32)
+    flat = FlatWeights(builder.networks())
+    weights, num_parameters = flat.read().numpy(), flat.vector.numel()
+    weights[:num_parameters] = 0.5 * np.random.default_rng(seed).normal(size=num_parameters)
+    return weights
 
 
 def played(builder, num_steps, incarnation=0, index=0):
