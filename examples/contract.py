@@ -3,12 +3,12 @@
 import sys
 
 import numpy as np
-from torch import arange, cat, eye, manual_seed, nn, ones, optim, stack, tanh, tensor, zeros
+from torch import arange, cat, eye, manual_seed, nn, ones, optim, set_num_threads, stack, tanh, tensor, zeros
 
 from distributed_muzero import Step, acting, planning, training
-from distributed_muzero.algorithm.losses import LossWeights
 from distributed_muzero.environments.chain import ChainEnvironment
 
+set_num_threads(1)  # small networks are fastest so
 manual_seed(seed := int(sys.argv[1]) if len(sys.argv) > 1 else 1)
 K, rng, sizes = 10, np.random.default_rng(seed), ((10, 32), (35, 32), (35, 1), (32, 1), (32, 3))
 nets = [nn.Sequential(nn.Linear(i, 64), nn.ReLU(), nn.Linear(64, o, bias=False)) for i, o in sizes]
@@ -37,4 +37,4 @@ for turn in range(7):
     memory = [cat(column) for column in zip(*games, strict=True)]
     for picks in rng.integers(len(memory[0]), size=(100, 64)):
         o, pi, a, z, u = (column[picks] for column in memory)
-        training(o, pi, a, z, *five, target_rewards=u, optimizer=adam, weights=LossWeights(1, 1, 1))
+        training(o, pi, a, z, *five, target_rewards=u, optimizer=adam)
