@@ -76,7 +76,9 @@ def copy_weights(networks: MLP) -> Weights:
 def initial_inference(weights: Weights, support: jax.Array, observations: jax.Array) -> Any:
     """[B, 1, O] -> values [B], logits [B, A], embeddings [B, E]."""
     flat = observations.reshape(len(observations), -1)
-    embeddings = _normalize(_perceptron(weights["representation"], flat))  # E64 is untrained: nothing to normalise by
+    embeddings = _normalize(
+        _perceptron(weights["representation"], flat)
+    )  # E64 is untrained: nothing to normalise by
     values = _decode(_perceptron(weights["value"], embeddings), support)
     return values, _perceptron(weights["policy"], embeddings), embeddings
 

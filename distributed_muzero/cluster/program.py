@@ -1,10 +1,14 @@
-"""Every remote class of a run on one page. Each is a thin shell: what it does stands in the worker it wraps."""
+"""Every remote class of a run on one page. Each is a thin shell: what it does stands in the worker it wraps.
+
+A shell makes its worker at the first call, not in its constructor: what goes wrong then reaches the driver as the
+exception that it is, where Ray makes a dead process of an exception in a constructor.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -14,8 +18,13 @@ from distributed_muzero.config import Config
 from distributed_muzero.types import Batch, Episode
 from distributed_muzero.workers.builder import Builder
 from distributed_muzero.workers.outbox import Outbox
-from distributed_muzero.workers.replay_shard import InsertReply
+from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
 from distributed_muzero.workers.run_state import ActorReport, LearnerReport
+
+if TYPE_CHECKING:  # they import torch, which a shard's process does without
+    from distributed_muzero.workers.actor import Actor
+    from distributed_muzero.workers.evaluator import Evaluator
+    from distributed_muzero.workers.learner import Learner
 
 BATCHES_PER_CALL = 4
 REST_SECONDS = 0.005  # before a shard that had nothing is asked again
@@ -23,10 +32,28 @@ LOST_REST_SECONDS = 0.5  # before a shard that was lost is asked again
 INSERT_TIMEOUT_SECONDS = 20.0
 
 
+class made_at_first_use:
+    """functools.cached_property without its lock, which can't travel with the class to another process."""
+
+    def __init__(self, make: Callable[[Any], Any]):
+        self._make = make
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        value = instance.__dict__[self._name] = self._make(instance)
+        return value
+
+
 @ray.remote(num_cpus=0, max_restarts=-1)
 class ReplayShardWorker:
     def __init__(self, config: Config, run_name: str, index: int):
-        self.shard = Builder(config, run_name).replay_shard(index)
+        self.make = lambda: Builder(config, run_name).replay_shard(index)
+
+    @made_at_first_use
+    def shard(self) -> ReplayShard:
+        return self.make()
 
     def insert(self, episodes: list[Episode]) -> list[InsertReply]:
         return self.shard.insert(episodes)
@@ -41,8 +68,12 @@ class ReplayShardWorker:
 @ray.remote(num_cpus=1)
 class ActorWorker:
     def __init__(self, config: Config, run_name: str, index: int, incarnation: int, shards: list[Any]):
-        self.actor = Builder(config, run_name).actor(index, incarnation)
+        self.make = lambda: Builder(config, run_name).actor(index, incarnation)
         self.outbox = Outbox(RemoteInsert(shards), len(shards), config.actor.max_unacknowledged)
+
+    @made_at_first_use
+    def actor(self) -> Actor:
+        return self.make()
 
     def play(self, version: int, weights: np.ndarray, learner_step: int, seconds: float) -> ActorReport:
         self.actor.set_weights(version, weights, learner_step)
@@ -53,8 +84,12 @@ class ActorWorker:
 @ray.remote(num_cpus=0)
 class LearnerWorker:
     def __init__(self, config: Config, run_name: str, shards: list[Any]):
-        self.learner = Builder(config, run_name).learner()
+        self.make = lambda: Builder(config, run_name).learner()
         self.batches = BatchStream(shards, config.learner.prefetch)
+
+    @made_at_first_use
+    def learner(self) -> Learner:
+        return self.make()
 
     def restore(self, arrays: Any, state: dict[str, Any], min_version: int) -> None:
         self.learner.restore(arrays, state, min_version)
@@ -74,7 +109,11 @@ class LearnerWorker:
 class EvaluatorWorker:
     def __init__(self, config: Config, run_name: str):
         self.config = config
-        self.evaluator = Builder(config, run_name).evaluator()
+        self.make = lambda: Builder(config, run_name).evaluator()
+
+    @made_at_first_use
+    def evaluator(self) -> Evaluator:
+        return self.make()
 
     def evaluate(self, version: int, weights: np.ndarray, seeds: tuple[int, ...]) -> dict[str, object]:
         self.evaluator.set_weights(version, weights)
