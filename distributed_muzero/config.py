@@ -77,6 +77,8 @@ class ActorConfig(Section):
     temperatures: tuple[tuple[int, float], ...] = (
         (0, 1.0),
     )  # (from learner step, temperature), rising steps
+        4.0  # games play from temperature / spread to · spread
+    )
     max_unacknowledged: Positive = 64  # finished episodes without acknowledgement before the actor waits
 
     @model_validator(mode="after")

@@ -99,7 +99,7 @@ def create_run(runs_dir: Path | str, name: str | None, config: Config) -> RunFol
         write_atomically(path / "config.yaml", config.to_yaml().encode())
     except FileExistsError:
         raise RunError(
-            f"run {chosen!r} exists already in {root}; go on with it by --resume, or choose another --name"
+            f"run {chosen!r} exists already in {root}; choose another --name"
             if path.exists()
             else f"the runs folder {root} is a file; choose another --runs-dir"
         ) from None

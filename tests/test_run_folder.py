@@ -78,7 +78,7 @@ def test_the_runs_folder_itself_may_be_a_link(tmp_path):
 
 def test_an_existing_run_is_left_alone_and_the_error_says_what_to_do(tmp_path):
     create_run(tmp_path, "first", ODD)
-    with pytest.raises(RunError, match=r"'first' exists already in .*--resume, or choose another --name"):
+    with pytest.raises(RunError, match=r"'first' exists already in .*choose another --name"):
         create_run(tmp_path, "first", Config())
     assert open_run("first", tmp_path).config == ODD
 
