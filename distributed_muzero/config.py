@@ -74,11 +74,8 @@ class SearchConfig(Section):
 class ActorConfig(Section):
     num_actors: Positive = 1
     envs_per_actor: Positive = 32  # B, games in lockstep through one batched search
-    temperatures: tuple[tuple[int, float], ...] = (
-        (0, 1.0),
-    )  # (from learner step, temperature), rising steps
-        4.0  # games play from temperature / spread to · spread
-    )
+    # (from learner step, temperature), rising steps
+    temperatures: tuple[tuple[int, float], ...] = ((0, 1.0),)
     max_unacknowledged: Positive = 64  # finished episodes without acknowledgement before the actor waits
 
     @model_validator(mode="after")
