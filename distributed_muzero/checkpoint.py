@@ -76,7 +76,7 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs its space back
         raise CheckpointError(
             f"can't write the checkpoint {path}: {error}; earlier checkpoints are intact. Free some space or "
-            "mend the folder's permissions, then resume"
+            "mend the folder's permissions"
         ) from error
     return path
 

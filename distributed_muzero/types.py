@@ -42,10 +42,6 @@ class Episode:
         return len(self.actions)
 
     @property
-    def num_bytes(self) -> int:
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
-
-    @property
     def episode_return(self) -> float:
         return float(self.rewards.sum(dtype=np.float64))
 

@@ -80,7 +80,7 @@ def plan_batch(
     root_values, root_logits = model.initial(observations, num_simulations + 1)
     if root_logits.shape != legal_masks.shape:
         raise ContractError(
-            f"the policy network gives {root_logits.shape[1]} logits, the mask has {legal_masks.shape[1]} actions"
+            f"the policy network gives logits of shape {root_logits.shape} for masks of shape {legal_masks.shape}"
         )
     result, _ = muzero_search(
         root_logits,

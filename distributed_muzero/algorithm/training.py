@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from distributed_muzero.algorithm.losses import Losses, LossWeights, unroll_losses
+from distributed_muzero.algorithm.planning import DEFAULT_DISCOUNT
 from distributed_muzero.errors import ContractError, NonFiniteError
 from distributed_muzero.networks.base import Networks, as_networks
 
-DEFAULT_DISCOUNT = 0.99
 MAX_REMEMBERED_OPTIMIZERS = 8
 
 
@@ -48,6 +48,10 @@ def training(
     Raises ContractError for shapes that don't fit, NonFiniteError when the loss isn't finite (nothing is changed).
     """
     _check_shapes(observations, target_policies, target_actions, target_returns, target_rewards)
+    if importance_weights is not None and importance_weights.shape != (len(observations),):
+        raise ContractError(
+            f"importance_weights must be [M] = [{len(observations)}], got {list(importance_weights.shape)}"
+        )
     _check_finite(observations, target_policies, target_returns, target_rewards)
     if optimizer is None:
         optimizer = _remembered_optimizer(collect_parameters(h, g_r, g_s, f_v, f_p))
@@ -80,12 +84,15 @@ def training_step(
     targets: observations, actions, policies, returns, rewards, as `unroll_losses` takes them.
     Returns the rows' losses (detached) and the gradient's norm before clipping.
     """
+    buffers = [(buffer, buffer.clone()) for buffer in networks.buffers()]
     losses = unroll_losses(networks, *targets, weights)
     total = losses.total if importance_weights is None else losses.total * importance_weights
     optimizer.zero_grad(set_to_none=False)
     total.mean().backward()
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     if not bool(torch.isfinite(norm)):
+        for buffer, before in buffers:
+            buffer.copy_(before)
         optimizer.zero_grad(set_to_none=False)
         raise NonFiniteError(
             f"the loss or its gradient isn't finite (mean loss {float(total.detach().mean())}, gradient norm "

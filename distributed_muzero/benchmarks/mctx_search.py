@@ -14,7 +14,8 @@ from torch import nn
 from distributed_muzero.algorithm.value_transform import EPSILON
 from distributed_muzero.benchmarks.yardstick import linear_layers
 from distributed_muzero.config import SearchConfig
-from distributed_muzero.networks.mlp import MLP, NORMALIZE_EPSILON
+from distributed_muzero.networks.mlp import MLP
+from distributed_muzero.networks.mlp_inference import NORMALIZE_EPSILON
 
 Weights = dict[str, list[tuple[jax.Array, jax.Array]]]
 

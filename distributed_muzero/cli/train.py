@@ -21,7 +21,7 @@ from distributed_muzero.config import (
 )
 from distributed_muzero.errors import ConfigError
 
-FINAL_EVALUATION_STREAM = 1  # seeds that no evaluation during training used
+FINAL_EVALUATION_STREAM = 10**12  # no evaluation during training used these seeds: theirs are learner steps
 
 
 def train(

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from distributed_muzero import checkpoint
 from distributed_muzero.cluster.program import ActorWorker, EvaluatorWorker, LearnerWorker, ReplayShardWorker
@@ -26,6 +27,7 @@ PLAY_SECONDS = 0.25
 TRAIN_SECONDS = 1.0  # at most; a call ends when the next weights version is due
 LEARNER_CALLS_IN_FLIGHT = 2  # so that the learner never waits for the driver
 CALL_TIMEOUT_SECONDS = 120.0  # also covers the start of the process behind the call
+EVALUATION_TIMEOUT_SECONDS = 3600.0  # games may be long, and a slow evaluation holds nobody up
 EXCHANGE_SECONDS = 0.5
 MAX_FAILURES_IN_A_ROW = 5
 
@@ -47,16 +49,18 @@ class Role:
     handle: Any = None
     incarnation: int = -1
     failures_in_a_row: int = 0
+    has_answered: bool = False  # this incarnation
 
     def start(self) -> None:
         self.incarnation += 1
+        self.has_answered = False
         self.handle = self.make(self.incarnation)
 
 
 @dataclass
 class Call:
     role: Role
-    on_result: Callable[[Any], None]
+    on_result: Callable[[Any], object]
     deadline: float
 
 
@@ -68,25 +72,32 @@ class Driver:
         self.run_name = run_name
         self.book = book
         self.stop_requested = stop_requested
-        self.num_restarts = 0
         self.calls: dict[Any, Call] = {}
         self.published: Published | None = None
         self.num_desired_actors = config.actor.num_actors
         self.shard_stats: dict[int, dict[str, float]] = {}
-        self._is_evaluating = False
+        self._evaluation_waits_for: Role | None = None
         self._was_told_to_stop = False
         self._next_exchange = 0.0
 
     def run(self) -> str:
         """Plays and learns until a limit of the run or a request to stop; returns the reason in words."""
+        try:
+            return self._run()
+        except DistributedMuZeroError:
+            self._write_last_checkpoint()
+            raise
+
+    def _run(self) -> str:
         self._create()
         while True:
             self._handle_results()
             self._reconcile()
             self.book.tick(
                 list(self.shard_stats.values()),
-                num_actors=self._num_live_actors(),
-                num_restarts=self.num_restarts,
+                num_desired=self.num_desired_actors,
+                num_actors=sum(role.has_answered for role in self.actors),
+                num_restarts=sum(role.incarnation for role in self.actors),
             )
             reason = self.book.state.stop_reason()
             if reason is None and (self.stop_requested() or self._was_told_to_stop):
@@ -102,11 +113,14 @@ class Driver:
         self.control = Role("run control", lambda _: self._make_control())
         self.control.start()
         self.shards = [
-            ReplayShardWorker.remote(config, name, index) for index in range(config.replay.num_shards)
+            Role(f"replay shard {index}", lambda _: None, ReplayShardWorker.remote(config, name, index))
+            for index in range(config.replay.num_shards)
         ]
+        self._shard_handles = [role.handle for role in self.shards]
         num_gpus = 1 if config.learner.device != "cpu" and ray.cluster_resources().get("GPU", 0) else 0
         self.learner = Role(
-            "learner", lambda _: LearnerWorker.options(num_gpus=num_gpus).remote(config, name, self.shards)
+            "learner",
+            lambda _: LearnerWorker.options(num_gpus=num_gpus).remote(config, name, self._shard_handles),
         )
         self.evaluator = Role("evaluator", lambda _: EvaluatorWorker.remote(config, name))
         self.actors: list[Role] = []
@@ -120,10 +134,13 @@ class Driver:
     def _start_learner(self) -> None:
         self.learner.start()
         saved = checkpoint.latest_checkpoint(self.book.folder.checkpoints)
+        handle, published = self.learner.handle, self.published
+        version = published.version + 1 if published else 0  # a version is never given to two sets of weights
         if saved is not None:
-            min_version = self.published.version + 1 if self.published else 0
-            restored = self.learner.handle.restore.remote(saved.tensors, saved.state, min_version)
-            self._call(self.learner, restored, lambda _: None)
+            self._call(self.learner, handle.restore.remote(saved.tensors, saved.state, version), ignore)
+        elif published is not None:
+            begun = handle.start_from.remote(published.weights, published.learner_steps, version)
+            self._call(self.learner, begun, ignore)
         if self.published is None:
             self._call(self.learner, self.learner.handle.weights.remote(), self._on_first_weights)
         for _ in range(LEARNER_CALLS_IN_FLIGHT):
@@ -144,24 +161,20 @@ class Driver:
             self._exchange()
         for call_id, call in list(self.calls.items()):
             if now > call.deadline and call_id in self.calls:
-                self._replace(call.role, RunError(f"no answer within {CALL_TIMEOUT_SECONDS:g} s"))
-        if not self._is_evaluating and self.book.evaluation_is_due(self.book.state.learner.learner_steps):
-            self._is_evaluating = True
+                self._replace(call.role, RunError("it gave no answer in time"))
+        due = self.book.evaluation_is_due(self.book.state.learner.learner_steps)
+        if due and self._evaluation_waits_for is None:
+            self._evaluation_waits_for = self.learner
             self._call(self.learner, self.learner.handle.state.remote(), self._on_learner_state)
 
     def _make_actor(self, index: int, incarnation: int) -> Any:
-        return ActorWorker.remote(self.config, self.run_name, index, incarnation, self.shards)
-
-    def _num_live_actors(self) -> int:
-        return sum(role.failures_in_a_row == 0 for role in self.actors)
+        return ActorWorker.remote(self.config, self.run_name, index, incarnation, self._shard_handles)
 
     # What it asks of them, and what it does with the answers ---------------------------------------------------
 
     def _play(self, role: Role) -> None:
-        if (
-            self.published is None
-        ):  # the first weights are still on their way; _on_first_weights starts everybody
-            return
+        if self.published is None:
+            return  # the first weights are still on their way; _on_first_weights starts everybody
         version, steps, weights = self.published
         call = role.handle.play.remote(version, weights, steps, PLAY_SECONDS)
         self._call(role, call, lambda report: self._on_play(role, report))
@@ -194,13 +207,14 @@ class Driver:
         steps = state["learner_steps"]
         if self.evaluator.handle is None:  # its start would have slowed down that of the others
             self.evaluator.start()
-        call = self.evaluator.handle.evaluate.remote(
-            state["weights_version"], weights, (self.config.run.seed, steps)
-        )
-        self._call(self.evaluator, call, lambda result: self._on_evaluation(result, path, steps))
+        self._evaluation_waits_for = self.evaluator
+        version, seeds = state["weights_version"], (self.config.run.seed, steps)
+        call = self.evaluator.handle.evaluate.remote(version, weights, seeds)
+        on_result = partial(self._on_evaluation, path, steps)
+        self._call(self.evaluator, call, on_result, EVALUATION_TIMEOUT_SECONDS)
 
-    def _on_evaluation(self, result: Any, path: Any, steps: int) -> None:
-        self._is_evaluating = False
+    def _on_evaluation(self, path: Path, steps: int, result: dict[str, Any]) -> None:
+        self._evaluation_waits_for = None
         self.book.add_evaluation(result, path, steps)
 
     def _exchange(self) -> None:
@@ -208,10 +222,12 @@ class Driver:
             "env_steps": self.book.state.env_steps,
             "learner_steps": self.book.state.learner.learner_steps,
         }
-        self._call(self.control, self.control.handle.exchange.remote(status), self._on_exchange)
-        for index, shard in enumerate(self.shards):
-            role = Role(f"replay shard {index}", lambda _: None, shard)
-            self._call(role, shard.stats.remote(), partial(self.shard_stats.__setitem__, index))
+        asked = {id(call.role) for call in self.calls.values()}
+        if id(self.control) not in asked:
+            self._call(self.control, self.control.handle.exchange.remote(status), self._on_exchange)
+        for index, role in enumerate(self.shards):
+            if id(role) not in asked:
+                self._call(role, role.handle.stats.remote(), partial(self.shard_stats.__setitem__, index))
 
     def _on_exchange(self, desired: dict[str, Any]) -> None:
         self.num_desired_actors = desired["num_actors"]
@@ -219,15 +235,21 @@ class Driver:
 
     # Calls, and what happens when one is lost -------------------------------------------------------------------
 
-    def _call(self, role: Role, call: Any, on_result: Callable[[Any], None]) -> None:
-        self.calls[call] = Call(role, on_result, time.monotonic() + CALL_TIMEOUT_SECONDS)
+    def _call(
+        self,
+        role: Role,
+        call: Any,
+        on_result: Callable[[Any], object],
+        timeout_seconds: float = CALL_TIMEOUT_SECONDS,
+    ) -> None:
+        self.calls[call] = Call(role, on_result, time.monotonic() + timeout_seconds)
 
     def _handle_results(self) -> None:
         done, _ = ray.wait(list(self.calls), num_returns=1, timeout=0.1, fetch_local=False)
         for ready in done:
             call = self.calls.pop(ready)
             try:
-                result = ray.get(ready)
+                result = ray.get(ready, timeout=CALL_TIMEOUT_SECONDS)
             except RayTaskError as error:
                 cause = error.cause
                 if isinstance(cause, DistributedMuZeroError):
@@ -237,22 +259,25 @@ class Driver:
                 self._replace(call.role, error)
             else:
                 call.role.failures_in_a_row = 0
+                call.role.has_answered = True
                 call.on_result(result)
 
     def _replace(self, role: Role, error: BaseException) -> None:
-        """Starts a lost process anew and gives it its work. A shard is brought back by Ray itself."""
-        if role.handle in self.shards:
-            return
+        """Starts a lost process anew and gives it its work."""
         self._forget(role)
-        self.num_restarts += 1
         role.failures_in_a_row += 1
-        short = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if role.failures_in_a_row > MAX_FAILURES_IN_A_ROW:
             raise RunError(f"the {role.name} failed {role.failures_in_a_row} times in a row, last: {error}")
+        short = next(iter(str(error).strip().splitlines()), type(error).__name__)
         self.book.progress.message(f"the {role.name} was lost ({short}); starting another")
+        if role in self.shards:
+            # Ray restarts it under the same handle, which actors and learner hold; a hung one has to die first.
+            ray.kill(role.handle, no_restart=False)
+            return
         ray.kill(role.handle)
+        if role is self._evaluation_waits_for:
+            self._evaluation_waits_for = None
         if role is self.learner:
-            self._is_evaluating = False
             self._start_learner()
         elif role is self.control:
             # Its name is free again once Ray has seen it dead; until then the wishes stay as they are.
@@ -262,9 +287,7 @@ class Driver:
             ).remote(self.num_desired_actors)
         else:
             role.start()
-            if role is self.evaluator:
-                self._is_evaluating = False
-            elif role in self.actors:
+            if role in self.actors:
                 self._play(role)
 
     def _forget(self, role: Role) -> None:
@@ -276,9 +299,11 @@ class Driver:
             return  # nothing was learnt, and the learner may not even have started
         try:
             (arrays, state), _ = ray.get(self.learner.handle.state.remote(), timeout=CALL_TIMEOUT_SECONDS)
-        except RayActorError as error:
-            self.book.progress.message(
-                f"the last checkpoint could not be written, the learner is gone: {error}"
-            )
+        except RayError as error:
+            self.book.progress.message(f"the last checkpoint could not be written: {error}")
             return
         self.book.write_checkpoint(arrays, state)
+
+
+def ignore(result: object) -> None:
+    """For calls that are only waited for."""

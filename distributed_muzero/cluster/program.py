@@ -94,6 +94,9 @@ class LearnerWorker:
     def restore(self, arrays: Any, state: dict[str, Any], min_version: int) -> None:
         self.learner.restore(arrays, state, min_version)
 
+    def start_from(self, weights: np.ndarray, num_steps: int, version: int) -> None:
+        self.learner.start_from(weights, num_steps, version)
+
     def weights(self) -> tuple[int, np.ndarray]:
         return self.learner.weights()
 
@@ -161,7 +164,9 @@ class BatchStream:
             if not self._calls:
                 time.sleep(REST_SECONDS)
                 continue
-            done, _ = ray.wait(list(self._calls), timeout=max(deadline - time.monotonic(), 0))
+            # Not until the deadline: another shard's rest may be over before a hung one answers.
+            timeout = min(max(deadline - time.monotonic(), 0), LOST_REST_SECONDS)
+            done, _ = ray.wait(list(self._calls), timeout=timeout)
             for call in done:
                 self._take(call)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 
+MAX_ACTORS = 10_000
 NAMESPACE = "distributed_muzero"
 
 
@@ -30,5 +31,7 @@ class RunControl:
         unknown = wishes.keys() - self.desired.keys()
         if unknown:
             raise ValueError(f"unknown wishes {sorted(unknown)}; known: {sorted(self.desired)}")
+        if not 1 <= wishes.get("num_actors", 1) <= MAX_ACTORS:
+            raise ValueError(f"num_actors must be 1 to {MAX_ACTORS}, got {wishes['num_actors']}")
         self.desired.update(wishes)
         return self.desired

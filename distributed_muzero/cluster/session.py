@@ -12,6 +12,7 @@ import ray
 from distributed_muzero.cluster.driver import Driver
 from distributed_muzero.cluster.run_control import NAMESPACE
 from distributed_muzero.config import Config
+from distributed_muzero.errors import RunError
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 
 
@@ -30,13 +31,18 @@ def ray_session(num_actors: int, **options: object) -> Iterator[None]:
         os.environ.setdefault("RAY_worker_niceness", "0")
         # Every actor asks for a whole CPU; on a small machine they share what is there.
         options = {"num_cpus": max(os.cpu_count() or 1, num_actors), "include_dashboard": False, **options}
-    ray.init(
-        address=address or "local",
-        namespace=NAMESPACE,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        **options,  # type: ignore[arg-type]
-    )
+    try:
+        ray.init(
+            address=address or "local",
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **options,  # type: ignore[arg-type]
+        )
+    except ConnectionError as error:
+        raise RunError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}; unset it to start one here"
+        ) from None
     try:
         yield
     finally:

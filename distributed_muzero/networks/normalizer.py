@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+LARGEST = 1e15  # its square is still a float32
 LIMIT = 10.0  # in standard deviations: a rare extreme must not swamp the rest
 SLOWEST_RATE = 0.001
 VARIANCE_EPSILON = 1e-8  # inputs that hardly vary stay near 0 rather than being blown up
@@ -31,7 +32,7 @@ class ObservationNormalizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, I] -> [B, I]."""
         if self.training and torch.is_grad_enabled():
-            self._update(x.detach())
+            self._update(x.detach().clamp(-LARGEST, LARGEST))
         return ((x - self.mean) * self.scale()).clamp(-LIMIT, LIMIT)
 
     def scale(self) -> Tensor:

@@ -21,7 +21,11 @@ def validate(episode: Episode, spec: EnvironmentSpec, max_steps: int) -> None:
             "id", f"an id of 1 to 256 characters is needed, got {episode.episode_id[:40]!r}…"
         )
     if num_steps == 0 or num_steps > max_steps:
-        raise RejectedEpisode("length", f"1 to {max_steps} steps are expected, got {num_steps}")
+        raise RejectedEpisode(
+            "length",
+            f"1 to {max_steps} steps are expected, got {num_steps}; raise replay.max_transitions or max_bytes, "
+            "or lower environment.max_episode_steps",
+        )
     if episode.terminated == episode.truncated:
         raise RejectedEpisode(
             "ending", f"terminated {episode.terminated}, truncated {episode.truncated}: one must hold"

@@ -17,7 +17,11 @@ from distributed_muzero.types import Episode
 from distributed_muzero.workers.outbox import Outbox
 from distributed_muzero.workers.run_state import ActorReport
 
-WAIT_SECONDS = 0.005  # between two offers to shards that hold the actors back
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = (
+    0.005,
+    0.08,
+)  # between two offers to shards that hold the actors back
+FLUSH_EPISODES = 4  # short games are delivered together, as a call costs as much as a step
 
 
 class PolicyModel:
@@ -96,22 +100,25 @@ class Actor:
     def play(
         self, outbox: Outbox, is_over: Callable[[], bool], sleep: Callable[[float], None]
     ) -> ActorReport:
-        """Steps and delivers until `is_over()`. While the outbox is full, it waits for the shards instead."""
+        """Steps and delivers until `is_over()`. While the shards hold it back, it waits instead of playing."""
         report = ActorReport()
         num_games, num_simulations = len(self._games), self.config.search.num_simulations
+        wait_seconds = FIRST_WAIT_SECONDS
         while not is_over():
-            if outbox.is_full:
+            if outbox.is_blocked:
+                sleep(wait_seconds)
+                wait_seconds = min(2 * wait_seconds, LONGEST_WAIT_SECONDS)
                 outbox.flush(report)
-                if outbox.is_full:
-                    sleep(WAIT_SECONDS)
-                    report.waited_seconds += WAIT_SECONDS
-                    continue
+                continue
+            wait_seconds = FIRST_WAIT_SECONDS
             for episode in self.step():
                 report.returns.append(episode.episode_return)
                 report.lengths.append(episode.num_steps)
                 outbox.put(episode)
             report.env_steps += num_games
             report.simulations += num_games * num_simulations
+            if len(outbox) >= FLUSH_EPISODES:
+                outbox.flush(report)
         outbox.flush(report)
         return report
 

@@ -40,6 +40,7 @@ class Bookkeeper:
         self._evaluated_step = 0
         self._best_return = -np.inf
         self._shown_rejections: set[str] = set()
+        self._last_stand: tuple[Sequence[Mapping[str, float]], int, int, int] = ((), 0, 0, 0)
 
     def add_actor_report(self, report: ActorReport) -> None:
         """Counts what an actor did. A refusal is shown once for each kind of it."""
@@ -49,18 +50,27 @@ class Bookkeeper:
             self._shown_rejections.add(kind)
             self.progress.message(report.last_rejection)
 
-    def tick(self, shards: Sequence[Mapping[str, float]], *, num_actors: int, num_restarts: int = 0) -> None:
-        """Once a second: records the metrics and shows them."""
-        if self._clock() < self._next_tick:
-            return
-        self._next_tick = self._clock() + TICK_SECONDS
+    def tick(
+        self,
+        shards: Sequence[Mapping[str, float]],
+        *,
+        num_desired: int,
+        num_actors: int,
+        num_restarts: int = 0,
+    ) -> None:
+        """Takes how the run stands; once a second, records the metrics and shows them."""
+        self._last_stand = (shards, num_desired, num_actors, num_restarts)
+        if self._clock() >= self._next_tick:
+            self._next_tick = self._clock() + TICK_SECONDS
+            self.write_status("running", self._record())
+
+    def _record(self) -> dict[str, float]:
+        shards, desired, live, restarts = self._last_stand
         metrics = self.state.metrics(shards)
-        metrics["actors/desired"] = self.config.actor.num_actors
-        metrics["actors/live"] = num_actors
-        metrics["actors/restarts"] = num_restarts
+        metrics.update({"actors/desired": desired, "actors/live": live, "actors/restarts": restarts})
         self._recorder.record(metrics, self.state.env_steps)
         self.progress.update(metrics)
-        self.write_status("running", metrics)
+        return metrics
 
     def evaluation_is_due(self, learner_steps: int) -> bool:
         """Whether the pause is over and there is something new to evaluate."""
@@ -94,7 +104,7 @@ class Bookkeeper:
             checkpoint.mark_best(self.folder.checkpoints, learner_steps, self._best_return)
         self._last_evaluation = self._clock()
 
-    def write_status(self, status: str, metrics: Mapping[str, float] | None = None) -> None:
+    def write_status(self, status: str, metrics: Mapping[str, float]) -> None:
         state = self.state
         self.folder.write_status(
             {
@@ -105,12 +115,12 @@ class Bookkeeper:
                 "learner_steps": state.learner.learner_steps,
                 "weights_version": state.learner.weights_version,
                 "seconds": round(state.seconds, 1),
-                "mean_return": (metrics or {}).get("rollout/ep_rew_mean"),
+                "mean_return": metrics.get("rollout/ep_rew_mean"),
                 "evaluation": state.evaluation and state.evaluation["mean_return"],
             }
         )
 
     def close(self, status: str) -> None:
         """The last lines: `status` is finished, stopped or failed."""
-        self.write_status(status)
+        self.write_status(status, self._record())
         self._recorder.close()

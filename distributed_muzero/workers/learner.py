@@ -26,6 +26,7 @@ class Learner:
     def __init__(self, networks: Networks, config: LearnerConfig):
         self.config = config
         self.device = choose_device(config.device)
+        torch.set_num_threads(config.num_threads)
         self.networks = networks.to(self.device).train()
         self.flat = FlatWeights(self.networks)
         self.optimizer = torch.optim.AdamW(
@@ -100,6 +101,12 @@ class Learner:
             },
         }
         return arrays, {"learner_steps": self.num_steps, "weights_version": self.version}
+
+    def start_from(self, weights: np.ndarray, num_steps: int, version: int) -> None:
+        """Goes on from published weights where no checkpoint was written yet; the optimizer starts anew."""
+        self.flat.write(weights)
+        self.average = self.flat.read()
+        self.num_steps, self.version = num_steps, version
 
     def restore(
         self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any], min_version: int = 0

@@ -33,7 +33,7 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
                 actor.set_weights(*learner.weights(), learner.num_steps)
                 book.add_actor_report(actor.play(outbox, iter((False, True)).__next__, no_sleep))
             book.state.add_learner_report(learner.learn(ready_batches(shards)))
-            book.tick([shard.stats() for shard in shards], num_actors=len(actors))
+            book.tick([shard.stats() for shard in shards], num_desired=len(actors), num_actors=len(actors))
             reason = book.state.stop_reason() or ("a stop was asked for" if stop_requested() else None)
             if book.evaluation_is_due(learner.num_steps) or (reason and learner.num_steps):
                 evaluate(learner, evaluator, book)
@@ -47,13 +47,12 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
 
 
 def ready_batches(shards: list[ReplayShard]) -> Iterator[Batch]:
-    """Batches from the shards in turn, until one has none or the actors' turn has come."""
+    """Batches from the shards in turn, until none has any or the actors' turn has come."""
     for _ in range(MAX_LEARNER_STEPS_A_TURN):
-        for shard in shards:
-            batch = shard.sample()
-            if batch is None:
-                return
-            yield batch
+        batches = [batch for shard in shards if (batch := shard.sample()) is not None]
+        if not batches:
+            return
+        yield from batches
 
 
 def evaluate(learner: Learner, evaluator: Evaluator, book: Bookkeeper) -> None:

@@ -14,10 +14,11 @@ Insert = Callable[[dict[int, list[Episode]]], dict[int, list[InsertReply]]]
 
 
 class Outbox:
-    """Episodes without acknowledgement; nothing leaves it otherwise.
+    """Episodes that no shard has acknowledged yet; nothing leaves it otherwise.
 
-    It is full from `limit` on, and an actor then plays no further step. The step that fills it may end several games,
-    so B games in lockstep hold at most limit + B − 1 episodes.
+    While a shard holds the actors back, `is_blocked` asks the actor to stop playing: games that wait only grow stale.
+    Then just the oldest episode is offered to that shard, to ask rather than to deliver. One step of B games may
+    finish all of them, so the outbox holds at most limit + B − 1 episodes.
 
     An episode's shard follows from its id, so one that is offered again, because an answer was lost, meets the shard
     that may hold it already.
@@ -28,32 +29,35 @@ class Outbox:
         self._num_shards = num_shards
         self._limit = limit
         self._waiting: list[Episode] = []
+        self._closed: set[int] = set()  # shards that refused, or gave no answer
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     @property
-    def is_full(self) -> bool:
-        return len(self._waiting) >= self._limit
+    def is_blocked(self) -> bool:
+        return bool(self._closed) or len(self._waiting) >= self._limit
 
     def put(self, episode: Episode) -> None:
         self._waiting.append(episode)
 
     def flush(self, report: ActorReport) -> None:
-        """Offers everything once. What is acknowledged leaves; refusals are counted in the report."""
+        """Offers what waits. What is acknowledged leaves; a refusal for good is told in the report."""
         offers: dict[int, list[Episode]] = {}
         for episode in self._waiting:
-            offers.setdefault(zlib.crc32(episode.episode_id.encode()) % self._num_shards, []).append(episode)
+            shard = zlib.crc32(episode.episode_id.encode()) % self._num_shards
+            if shard not in self._closed or shard not in offers:
+                offers.setdefault(shard, []).append(episode)
         if not offers:
             return
         replies = self._insert(offers)
-        waiting = []
+        done = set()
         for shard, episodes in offers.items():
-            answers = replies.get(shard) or [InsertReply("wait")] * len(episodes)
-            for episode, answer in zip(episodes, answers, strict=True):
-                if answer.status == "wait":
-                    waiting.append(episode)
-                elif answer.status == "rejected":
-                    report.num_rejected += 1
+            answers = replies.get(shard, [InsertReply("wait")])
+            (self._closed.add if answers[-1].status == "wait" else self._closed.discard)(shard)
+            for episode, answer in zip(episodes, answers, strict=False):
+                if answer.status == "rejected":
                     report.last_rejection = answer.reason
-        self._waiting = waiting
+                if answer.status != "wait":
+                    done.add(episode.episode_id)
+        self._waiting = [episode for episode in self._waiting if episode.episode_id not in done]

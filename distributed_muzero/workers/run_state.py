@@ -24,9 +24,7 @@ class ActorReport:
     simulations: int = 0
     returns: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    num_rejected: int = 0
     last_rejection: str = ""
-    waited_seconds: float = 0.0
 
 
 @dataclass
@@ -36,7 +34,6 @@ class LearnerReport:
     learner_steps: int = 0  # since the run began
     weights_version: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
-    waited_seconds: float = 0.0
 
 
 class RunState:
@@ -70,7 +67,6 @@ class RunState:
             max(report.learner_steps, self.learner.learner_steps),
             max(report.weights_version, self.learner.weights_version),
             report.metrics or self.learner.metrics,
-            self.learner.waited_seconds + report.waited_seconds,
         )
 
     def stop_reason(self) -> str | None:

@@ -85,7 +85,7 @@ def test_the_mask_binds_at_the_root_only():
         ([0, 0], "allows none"),
         ([1.0, float("nan")], "1 .allowed. and 0 .forbidden. only"),
         ([1, 2], "1 .allowed. and 0 .forbidden. only"),
-        ([1, 1, 1], "2 logits, the mask has 3"),
+        ([1, 1, 1], "logits of shape .1, 2. for masks of shape .1, 3."),
         ([], "mask"),
     ],
 )

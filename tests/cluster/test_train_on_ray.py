@@ -32,7 +32,7 @@ def test_a_run_ends_at_its_limit_and_leaves_everything_behind(tmp_path):
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     run = tmp_path / "r"
-    assert "300 learner steps were made" in errors or "learner steps" in errors
+    assert "learner steps were made" in errors
     assert str(run) in output
     assert status(run)["state"] == "finished"
     assert status(run)["learner_steps"] >= 300
@@ -115,7 +115,9 @@ def test_ctrl_c_ends_with_a_checkpoint_and_leaves_no_process(tmp_path):
 def test_a_second_signal_ends_at_once(tmp_path):
     with start(tmp_path, *FOREVER) as process:
         wait_for("the first steps", lambda: env_steps(tmp_path) > 0)
+        process.send_signal(signal.SIGSTOP)  # so that both signals are there when it goes on
         process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
         process.communicate(timeout=20)
-        assert process.returncode != 0 or status(tmp_path / "r")["state"] == "stopped"
+        assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)

@@ -16,9 +16,10 @@ from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import Builder
 
 
-def train(tmp_path, name, interval_seconds=100.0, **limits):
+def train(tmp_path, name, sections=None, interval_seconds=100.0, **limits):
     config = make_config(
         load_preset("debug"),
+        sections or {},
         {
             "run": limits,
             "evaluator": {"interval_seconds": interval_seconds},
@@ -49,7 +50,7 @@ def test_a_checkpoint_plays_the_very_games_that_it_was_evaluated_by(tmp_path):
 def test_every_limit_ends_the_run_and_is_named(tmp_path):
     assert "learner steps" in train(tmp_path, "a", max_train_steps=10)[2]
     assert "environment steps" in train(tmp_path, "b", max_env_steps=50)[2]
-    assert "minutes" in train(tmp_path, "c", max_minutes=0.01)[2]
+    assert "minutes" in train(tmp_path, "c", max_minutes=0.01, max_train_steps=None)[2]
     assert "evaluation" in train(tmp_path, "d", interval_seconds=0.0, stop_at_return=1.0)[2]
 
 
@@ -60,3 +61,10 @@ def test_the_same_seed_learns_the_same_weights(tmp_path):
         weights.append(checkpoint.latest_checkpoint(folder.checkpoints).tensors["weights"])
     for name, array in weights[0].items():
         assert (array == weights[1][name]).all(), name
+
+
+def test_several_shards_never_hold_each_other_up(tmp_path):
+    """A shard that runs dry must not keep the learner from the others, which hold the actor back meanwhile."""
+    config = {"replay": {"num_shards": 3, "min_size_to_sample": 400}, "actor": {"max_unacknowledged": 1}}
+    _, book, _ = train(tmp_path, "r", config, max_train_steps=400, max_minutes=1)
+    assert book.state.learner.learner_steps >= 400

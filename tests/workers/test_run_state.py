@@ -58,10 +58,10 @@ def test_only_an_evaluation_that_reaches_the_return_ends_a_run():
 
 def test_counts_add_up_and_a_late_report_never_turns_them_back():
     state, _ = make_state()
-    state.add_learner_report(LearnerReport(20, 2, {"train/loss": 1.0}, waited_seconds=1))
-    state.add_learner_report(LearnerReport(10, 1, {}, waited_seconds=2))
+    state.add_learner_report(LearnerReport(20, 2, {"train/loss": 1.0}))
+    state.add_learner_report(LearnerReport(10, 1, {}))
     assert (state.learner.learner_steps, state.learner.weights_version) == (20, 2)
-    assert state.learner.metrics == {"train/loss": 1.0} and state.learner.waited_seconds == 3
+    assert state.learner.metrics == {"train/loss": 1.0}
 
 
 def test_rates_are_over_the_time_since_the_last_look():
