@@ -50,11 +50,11 @@ class NetworkConfig(Section):
 class AlgorithmConfig(Section):
     discount: Annotated[float, Field(gt=0, le=1)] = 0.99  # γ
     num_unroll_steps: Positive = 5  # K
-    td_steps: Positive = 20  # n
+    td_steps: Positive = 100  # n
 
 
 class SearchConfig(Section):
-    num_simulations: Positive = 25
+    num_simulations: Positive = 50
     q_normalization: Literal["parent_and_siblings", "tree_min_max", "min_max"] = "parent_and_siblings"
     min_max_bounds: tuple[float, float] = (-1.0, 1.0)  # used by q_normalization=min_max only
     max_depth: Positive | None = None  # edges from root to leaf; none = num_simulations
@@ -89,31 +89,28 @@ class ActorConfig(Section):
 
 class ReplayConfig(Section):
     num_shards: Positive = 1
-    max_transitions: Positive = 200_000  # over all shards
+    max_transitions: Positive = 100_000  # over all shards
     max_bytes: Positive = 2 * 1024**3  # over all shards
     min_size_to_sample: Positive = 1_000  # transitions over all shards before the learner starts
     samples_per_insert: Annotated[float, Field(gt=0)] = 32.0  # sampled rows for each stored transition
-    error_buffer: Annotated[float, Field(gt=0)] | None = (
-        None  # slack in samples; none = chosen from the batch
-    )
+    # slack in samples; none = chosen from the batch
+    error_buffer: Annotated[float, Field(gt=0)] | None = None
 
 
 class LearnerConfig(Section):
-    batch_size: Positive = 256  # M
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    final_learning_rate: Annotated[float, Field(gt=0)] = (
-        1e-4  # reached after decay_steps, along a half cosine
-    )
+    batch_size: Positive = 128  # M
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    # reached after decay_steps, along a half cosine
+    final_learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     decay_steps: Positive = 20_000
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     max_grad_norm: Annotated[float, Field(gt=0)] = 5.0
-    value_weight: Annotated[float, Field(ge=0)] = 0.25
+    value_weight: Annotated[float, Field(ge=0)] = 1.0
     reward_weight: Annotated[float, Field(ge=0)] = 1.0
     policy_weight: Annotated[float, Field(ge=0)] = 1.0
-    average_decay: Annotated[float, Field(ge=0, lt=1)] = (
-        0.99  # of the published moving average; 0 = the raw weights
-    )
+    # of the published moving average; 0 = the raw weights
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     publish_interval: Positive = 20  # learner steps between two weights versions
     keep_checkpoints: Positive = 3
     prefetch: Positive = 2  # calls for batches in flight to every shard
@@ -123,9 +120,8 @@ class LearnerConfig(Section):
 
 class EvaluatorConfig(Section):
     num_episodes: Positive = 20
-    interval_seconds: Annotated[float, Field(ge=0)] = (
-        3.0  # at least, between two checkpoints and their evaluations
-    )
+    # at least, between two checkpoints and their evaluations
+    interval_seconds: Annotated[float, Field(ge=0)] = 3.0
     num_simulations: Positive | None = None  # none = the search's own
 
 

@@ -101,7 +101,9 @@ def test_published_weights_are_the_mean_of_the_first_steps_by_hand():
     learner = builder.learner()
     start = learner.flat.read()
     learner.step(make_batches(builder, 1)[0])
-    np.testing.assert_allclose(learner.weights()[1], start / 11 + learner.flat.read() * 10 / 11, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        learner.weights()[1], start / 11 + learner.flat.read() * 10 / 11, rtol=1e-6, atol=1e-7
+    )
 
 
 def test_learning_from_one_batch_lowers_its_loss():
