@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -31,6 +32,7 @@ def ray_session(num_actors: int, **options: object) -> Iterator[None]:
         os.environ.setdefault("RAY_worker_niceness", "0")
         # Every actor asks for a whole CPU; on a small machine they share what is there.
         options = {"num_cpus": max(os.cpu_count() or 1, num_actors), "include_dashboard": False, **options}
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=address or "local",
@@ -43,6 +45,7 @@ def ray_session(num_actors: int, **options: object) -> Iterator[None]:
         raise RunError(
             f"no Ray cluster answers at RAY_ADDRESS={address}: {error}; unset it to start one here"
         ) from None
+    signal.signal(signal.SIGTERM, before)  # ray.init puts its own handler there, which exits at once
     try:
         yield
     finally:

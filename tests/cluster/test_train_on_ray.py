@@ -98,11 +98,12 @@ def test_a_killed_shard_comes_back_and_the_run_goes_on(tmp_path):
         wait_for("more learner steps", lambda: learner_steps(tmp_path) > before + 100)
 
 
-def test_ctrl_c_ends_with_a_checkpoint_and_leaves_no_process(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_a_checkpoint_and_leaves_no_process(tmp_path, number):
     with start(tmp_path, *FOREVER) as process:
         wait_for("learner steps", lambda: learner_steps(tmp_path) > 0)
         children = descendants(process.pid)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
         _, alive = psutil.wait_procs(children, timeout=15)
