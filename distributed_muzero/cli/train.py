@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,7 +142,9 @@ def stop_on_signal(progress: Any) -> Iterator[Stop]:
 
     def handle(number: int, frame: object) -> None:
         if stop.is_set():
-            sys.exit(128 + number)
+            # Not an exception: it could surface anywhere, and Ray's processes end with this one in any case.
+            progress.__exit__()
+            os._exit(128 + number)
         stop.set()
         progress.message("ending with a checkpoint; once more ends at once")
 

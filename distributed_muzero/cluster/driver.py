@@ -22,6 +22,7 @@ from distributed_muzero.cluster.run_control import NAMESPACE, RunControl
 from distributed_muzero.config import Config
 from distributed_muzero.errors import DistributedMuZeroError, RunError
 from distributed_muzero.workers.bookkeeper import Bookkeeper
+from distributed_muzero.workers.run_state import LearnerReport
 
 PLAY_SECONDS = 0.25
 TRAIN_SECONDS = 1.0  # at most; a call ends when the next weights version is due
@@ -99,12 +100,12 @@ class Driver:
                 num_actors=sum(role.has_answered for role in self.actors),
                 num_restarts=sum(role.incarnation for role in self.actors),
             )
-            reason = self.book.state.stop_reason()
-            if reason is None and (self.stop_requested() or self._was_told_to_stop):
-                reason = "a stop was asked for"
-            if reason:
-                self._write_last_checkpoint()
+            if reason := self.book.state.stop_reason():
+                self._write_last_checkpoint(evaluate=not self.book.state.has_reached_goal)
                 return reason
+            if self.stop_requested() or self._was_told_to_stop:
+                self._write_last_checkpoint()
+                return "a stop was asked for"
 
     # What runs ------------------------------------------------------------------------------------------------
 
@@ -294,15 +295,23 @@ class Driver:
         for ready in [ready for ready, call in self.calls.items() if call.role is role]:
             del self.calls[ready]
 
-    def _write_last_checkpoint(self) -> None:
+    def _write_last_checkpoint(self, evaluate: bool = False) -> None:
+        """Saves what was learnt last; evaluated, so that it can turn out to be the best."""
         if not self.book.state.learner.learner_steps:
             return  # nothing was learnt, and the learner may not even have started
         try:
-            (arrays, state), _ = ray.get(self.learner.handle.state.remote(), timeout=CALL_TIMEOUT_SECONDS)
+            state_call = self.learner.handle.state.remote()
+            (arrays, state), weights = ray.get(state_call, timeout=CALL_TIMEOUT_SECONDS)
+            steps, version = state["learner_steps"], state["weights_version"]
+            self.book.state.add_learner_report(LearnerReport(steps, version))
+            path = self.book.write_checkpoint(arrays, state)
+            if evaluate:
+                if self.evaluator.handle is None:
+                    self.evaluator.start()
+                call = self.evaluator.handle.evaluate.remote(version, weights, (self.config.run.seed, steps))
+                self.book.add_evaluation(ray.get(call, timeout=CALL_TIMEOUT_SECONDS), path, steps)
         except RayError as error:
-            self.book.progress.message(f"the last checkpoint could not be written: {error}")
-            return
-        self.book.write_checkpoint(arrays, state)
+            self.book.progress.message(f"the last checkpoint could not be written or evaluated: {error}")
 
 
 def ignore(result: object) -> None:

@@ -69,6 +69,12 @@ class RunState:
             report.metrics or self.learner.metrics,
         )
 
+    @property
+    def has_reached_goal(self) -> bool:
+        """Whether the last evaluation reached `stop_at_return`."""
+        goal = self.config.stop_at_return
+        return goal is not None and self.evaluation is not None and self.evaluation["mean_return"] >= goal
+
     def stop_reason(self) -> str | None:
         """Why the run is over, in words; None while it isn't."""
         limits = self.config
@@ -78,10 +84,8 @@ class RunState:
             return f"{self.learner.learner_steps} learner steps were made"
         if limits.max_minutes is not None and self.seconds >= 60 * limits.max_minutes:
             return f"{limits.max_minutes:g} minutes are over"
-        if limits.stop_at_return is not None and self.evaluation is not None:
-            mean = float(self.evaluation["mean_return"])
-            if mean >= limits.stop_at_return:
-                return f"an evaluation reached a mean return of {mean:.1f}"
+        if self.has_reached_goal and self.evaluation is not None:
+            return f"an evaluation reached a mean return of {self.evaluation['mean_return']:.1f}"
         return None
 
     def metrics(self, shards: Sequence[Mapping[str, float]]) -> dict[str, float]:

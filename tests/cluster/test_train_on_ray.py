@@ -47,6 +47,8 @@ def test_a_run_ends_at_its_limit_and_leaves_everything_behind(tmp_path):
     assert lines[-1]["actors/live"] == 2
     assert list((run / "tensorboard").iterdir())
     evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert evaluations[-1]["checkpoint"] == checkpoints[-1].name
+    assert evaluations[-1]["learner_steps"] == status(run)["learner_steps"]
     assert all(evaluation["episodes"] == 2 for evaluation in evaluations)
 
 
