@@ -170,16 +170,20 @@ def act(
     legal = np.stack([game.read_mask() for game in games])
     observations = np.stack([game.history for game in games])
     signed_discount = -discount if games[0].alternates else discount
-    result = plan_batch(
-        model,
-        observations,
-        legal,
-        config,
-        signed_discount,
-        rng=rng,
-        noise=noise,
-        num_simulations=num_simulations,
-    )
+    try:
+        result = plan_batch(
+            model,
+            observations,
+            legal,
+            config,
+            signed_discount,
+            rng=rng,
+            noise=noise,
+            num_simulations=num_simulations,
+        )
+    except NonFiniteError as error:
+        at = ", ".join(f"{row}: {len(game.actions)}, {game.seed}" for row, game in enumerate(games))
+        raise NonFiniteError(f"{error} (row: step, seed of its game = {at})") from None
     actions = choose_actions(result.visit_counts, temperature, rng)
     for row, game in enumerate(games):
         game.play(legal[row], result.action_weights[row], int(actions[row]), float(result.root_values[row]))

@@ -13,7 +13,7 @@ import torch
 from distributed_muzero.algorithm.losses import LossWeights
 from distributed_muzero.algorithm.training import training_step
 from distributed_muzero.config import LearnerConfig
-from distributed_muzero.errors import ConfigError
+from distributed_muzero.errors import ConfigError, NonFiniteError
 from distributed_muzero.networks.base import Networks
 from distributed_muzero.networks.flat import FlatWeights
 from distributed_muzero.types import Batch
@@ -48,15 +48,20 @@ class Learner:
             self._tensor(batch.target_returns),
             self._tensor(batch.target_rewards),
         )
-        losses, norm = training_step(
-            self.networks,
-            targets,
-            self._tensor(batch.importance_weights),
-            self.optimizer,
-            [self.flat.vector],
-            self._loss_weights,
-            self.config.max_grad_norm,
-        )
+        try:
+            losses, norm = training_step(
+                self.networks,
+                targets,
+                self._tensor(batch.importance_weights),
+                self.optimizer,
+                [self.flat.vector],
+                self._loss_weights,
+                self.config.max_grad_norm,
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"learner step {self.num_steps}, run.seed in the run's config: {error}"
+            ) from None
         self.num_steps += 1
         # A young average would hold on to the random start: its memory grows with the number of steps.
         decay = min(self.config.average_decay, self.num_steps / (self.num_steps + 10))
