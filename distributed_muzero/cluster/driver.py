@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from distributed_muzero import checkpoint
 from distributed_muzero.cluster.program import ActorWorker, EvaluatorWorker, LearnerWorker, ReplayShardWorker
@@ -30,6 +30,7 @@ LEARNER_CALLS_IN_FLIGHT = 2  # so that the learner never waits for the driver
 CALL_TIMEOUT_SECONDS = 120.0  # also covers the start of the process behind the call
 EVALUATION_TIMEOUT_SECONDS = 3600.0  # games may be long, and a slow evaluation holds nobody up
 EXCHANGE_SECONDS = 0.5
+SHARD_RESTART_SECONDS = 60.0  # Ray's restart of a shard's process, and its own from its log
 MAX_FAILURES_IN_A_ROW = 5
 
 
@@ -51,6 +52,7 @@ class Role:
     incarnation: int = -1
     failures_in_a_row: int = 0
     has_answered: bool = False  # this incarnation
+    lost_at: float | None = None  # of a shard that Ray is restarting
 
     def start(self) -> None:
         self.incarnation += 1
@@ -261,20 +263,19 @@ class Driver:
             else:
                 call.role.failures_in_a_row = 0
                 call.role.has_answered = True
+                call.role.lost_at = None
                 call.on_result(result)
 
     def _replace(self, role: Role, error: BaseException) -> None:
         """Starts a lost process anew and gives it its work."""
         self._forget(role)
+        if role in self.shards:
+            self._await_shard(role, error)
+            return
         role.failures_in_a_row += 1
         if role.failures_in_a_row > MAX_FAILURES_IN_A_ROW:
             raise RunError(f"the {role.name} failed {role.failures_in_a_row} times in a row, last: {error}")
-        short = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        self.book.progress.message(f"the {role.name} was lost ({short}); starting another")
-        if role in self.shards:
-            # Ray restarts it under the same handle, which actors and learner hold; a hung one has to die first.
-            ray.kill(role.handle, no_restart=False)
-            return
+        self._tell_lost(role, error)
         ray.kill(role.handle)
         if role is self._evaluation_waits_for:
             self._evaluation_waits_for = None
@@ -290,6 +291,22 @@ class Driver:
             role.start()
             if role in self.actors:
                 self._play(role)
+
+    def _await_shard(self, role: Role, error: BaseException) -> None:
+        """Ray restarts a shard under the same handle, which actors and learner hold; a hung one has to die first."""
+        now = time.monotonic()
+        if role.lost_at is None:
+            role.lost_at = now
+            role.incarnation += 1
+            self._tell_lost(role, error)
+        if not isinstance(error, RayActorError):
+            ray.kill(role.handle, no_restart=False)
+        if now - role.lost_at > SHARD_RESTART_SECONDS:
+            raise RunError(f"the {role.name} didn't come back in {SHARD_RESTART_SECONDS:g} s, last: {error}")
+
+    def _tell_lost(self, role: Role, error: BaseException) -> None:
+        short = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        self.book.progress.message(f"the {role.name} was lost ({short}); starting another")
 
     def _forget(self, role: Role) -> None:
         for ready in [ready for ready, call in self.calls.items() if call.role is role]:

@@ -30,6 +30,7 @@ BATCHES_PER_CALL = 4
 REST_SECONDS = 0.005  # before a shard that had nothing is asked again
 LOST_REST_SECONDS = 0.5  # before a shard that was lost is asked again
 INSERT_TIMEOUT_SECONDS = 20.0
+SAMPLE_TIMEOUT_SECONDS = 20.0
 
 
 class made_at_first_use:
@@ -150,7 +151,7 @@ class BatchStream:
     def __init__(self, shards: list[Any], prefetch: int):
         self._shards = shards
         self._prefetch = prefetch
-        self._calls: dict[Any, int] = {}
+        self._calls: dict[Any, tuple[int, float]] = {}  # call -> its shard, and when it is given up
         self._wake = [0.0] * len(shards)  # when a resting shard is asked again
         self._ready: list[Batch] = []
 
@@ -171,14 +172,16 @@ class BatchStream:
                 self._take(call)
 
     def _ask(self) -> None:
-        in_flight = list(self._calls.values())
+        now = time.monotonic()
+        self._calls = {call: (index, end) for call, (index, end) in self._calls.items() if now < end}
+        in_flight = [index for index, _ in self._calls.values()]
         for index, shard in enumerate(self._shards):
-            if time.monotonic() >= self._wake[index]:
+            if now >= self._wake[index]:
                 for _ in range(self._prefetch - in_flight.count(index)):
-                    self._calls[shard.sample.remote(BATCHES_PER_CALL)] = index
+                    self._calls[shard.sample.remote(BATCHES_PER_CALL)] = index, now + SAMPLE_TIMEOUT_SECONDS
 
     def _take(self, call: Any) -> None:
-        index = self._calls.pop(call)
+        index, _ = self._calls.pop(call)
         try:
             batches = ray.get(call)
         except RayActorError:
