@@ -1,4 +1,4 @@
-"""Prioritised sampling over the rows of a ring (Schaul et al. 2016): a sum tree, and weights against its bias."""
+"""Prioritised sampling over the rows of a ring (Schaul et al. 2016): sum tree and importance weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class SumTree:
 
     A binary heap of float64 sums in one array: the root is node 1, the children of node i are 2i and 2i + 1,
     row r is the leaf `num_leaves + r`. Every write recomputes the sums above it from their children, so that
-    rounding errors don't add up over time. The compiled parts release the GIL; calls from several threads need
-    a lock.
+    rounding errors don't add up over time. A total that isn't a normal number (below 2.3e-308) is too coarse
+    for fair draws. The compiled parts release the GIL; calls from several threads need a lock.
     """
 
     def __init__(self, capacity: int):

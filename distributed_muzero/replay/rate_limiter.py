@@ -8,10 +8,10 @@ from collections.abc import Mapping
 class RateLimiter:
     """Keeps  inserted · samples_per_insert − sampled  within `error_buffer` of its value at the minimum size.
 
-    Counts are transitions inserted and rows sampled. An insert is refused while the learner is too far behind,
-    a sample while it is too far ahead or fewer than `min_size` transitions were ever inserted (Reverb counts
-    those still held, so that eviction can close sampling there). Inserts are whole episodes, so the upper bound
-    may be passed by one of them.
+    Counts are transitions inserted and rows sampled. An insert is refused while the learner is too far
+    behind, a sample while it is too far ahead or fewer than `min_size` transitions were ever inserted (Reverb
+    counts those still held, so that eviction can close sampling there). Inserts are whole episodes, so the
+    upper bound may be passed by one of them.
 
     With  2 · error_buffer ≥ num_rows  at least one of `can_insert()` and `can_sample(num_rows)` is true.
     Pending transitions must come to be counted, or dropped, without waiting for further inserts.

@@ -144,7 +144,11 @@ def test_single_draws_follow_the_weights():
 
 
 @settings(deadline=None, max_examples=50)
-@given(weights=st.lists(st.floats(0, 10), min_size=1, max_size=50).filter(any), seed=st.integers(0, 2**32))
+@given(
+    # Multiples of 5e-324 (subnormal numbers) are too coarse to be cut into 512 slices.
+    weights=st.lists(st.floats(0, 10, allow_subnormal=False), min_size=1, max_size=50).filter(any),
+    seed=st.integers(0, 2**32),
+)
 def test_a_stratified_batch_holds_every_row_in_its_share(weights, seed):
     rows, _ = tree_of(weights).sample(512, np.random.default_rng(seed))
     # A row covers some slices wholly, and parts of at most two more.
