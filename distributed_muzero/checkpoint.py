@@ -1,10 +1,13 @@
 """Checkpoints: atomic, checksummed, versioned; safetensors and JSON, never pickle.
 
-    checkpoints/step_00001000/{weights.safetensors, optimizer.safetensors, state.json, manifest.json, DONE}
+    checkpoints/step_00001000/{weights.safetensors, optimizer.safetensors, …, state.json, manifest.json, DONE}
     checkpoints/best.json       the step whose evaluation was the best; pruning spares it
 
 manifest.json holds size and sha256 of every file, DONE the sha256 of manifest.json: no bit goes unwatched.
-DONE comes last: a folder without it was being written when its process died.
+All of it is written under another name, DONE last, and then renamed: a kill leaves a whole checkpoint or none.
+
+Format 1 holds weights and optimizer; format 2 also the states of the generators, the settings, and whatever
+other files a writer adds. Both are laid out alike: a reader fills in what format 1 lacks.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ import safetensors.numpy
 from distributed_muzero.errors import CheckpointError
 from distributed_muzero.files import sync_folder, write_atomically, write_synced
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
 STEM = re.compile(r"[a-z][a-z0-9_]*")
-FOLDER = re.compile(r"step_(\d{8,})(\.replaced)?")  # .replaced: set aside until its successor is done
+FOLDER = re.compile(r"step_(\d{8,})(\.replaced)?")  # .replaced: set aside until its successor is there
 LEFTOVER = ".leftover-"  # prefix of folders that are being written or removed
 
 logger = logging.getLogger(__name__)
@@ -64,13 +68,12 @@ def write_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         temporary.mkdir()
-        for name, data in {**files, "manifest.json": manifest}.items():
+        for name, data in {**files, "manifest.json": manifest, "DONE": _sha256(manifest).encode()}.items():
             write_synced(temporary / name, data)
         sync_folder(temporary)
         _set_aside(path)
         temporary.rename(path)
         sync_folder(folder)
-        write_atomically(path / "DONE", _sha256(manifest).encode())
         _remove(_replaced(path))
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs its space back
@@ -219,15 +222,15 @@ def _is_intact(path: Path) -> bool:
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint {path}; expected a folder step_…")
-    done = _read(path / "DONE", "it is incomplete: its process died while writing")
+    done = _read(path / "DONE", "it is incomplete: DONE is missing")
     data = _read(path / "manifest.json", "manifest.json is missing")
     if done != _sha256(data).encode():
         raise _corrupt(path, "manifest.json or DONE has changed")
     manifest = json.loads(data)
-    if manifest["format_version"] != FORMAT_VERSION:
+    if manifest["format_version"] not in READABLE:
         raise CheckpointError(
-            f"the checkpoint {path} has format {manifest['format_version']}, this version of "
-            f"distributed_muzero reads {FORMAT_VERSION}; use the version that wrote it, or start a new run"
+            f"the checkpoint {path} has format {manifest['format_version']}, this version of distributed_muzero "
+            f"reads {' and '.join(map(str, READABLE))}; use the version that wrote it, or start a new run"
         )
     return manifest
 
@@ -269,7 +272,7 @@ def _order(path: Path) -> tuple[int, bool]:
 
 
 def _set_aside(path: Path) -> None:
-    """Frees the name of a checkpoint. An intact one stays readable until its successor is done; a broken one
+    """Frees the name of a checkpoint. An intact one stays readable until its successor is there; a broken one
     goes, and leaves what an earlier, interrupted replacement had set aside."""
     if _is_intact(path):
         _remove(_replaced(path))

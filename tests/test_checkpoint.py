@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from distributed_muzero.checkpoint import (
 )
 from distributed_muzero.errors import CheckpointError
 
+GOLDEN = Path(__file__).parent / "fixtures" / "checkpoints"
 STATE = {"learner_steps": 7, "rng": {"state": 2**127 + 1}, "ratio": 0.1, "name": "é"}
 
 
@@ -142,12 +144,26 @@ def test_a_file_from_another_checkpoint_is_noticed(tmp_path):
         read_checkpoint(second)
 
 
-def test_another_format_is_refused_naming_both_versions(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 7)
+@pytest.mark.parametrize("version", [0, 3, 7])
+def test_another_format_is_refused_naming_both_versions(tmp_path, monkeypatch, version):
+    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", version)
     (path,) = write(tmp_path, 1)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"has format 7, .* reads 1"):
+    with pytest.raises(CheckpointError, match=rf"has format {version}, .* reads 1 and 2;"):
         read_checkpoint(path)
+
+
+def test_the_last_two_formats_are_read():
+    one, two = (read_checkpoint(GOLDEN / f"format_{version}" / "step_00000006") for version in (1, 2))
+    assert one.state == {"learner_steps": 6, "weights_version": 1, "env_steps": 360}
+    assert two.state == {**one.state, "learner_config": two.state["learner_config"]}
+    assert set(one.tensors) == {"weights", "optimizer"}
+    assert set(two.tensors) == {"weights", "optimizer", "generators"}
+    for read, version in ((one, 1), (two, 2)):
+        manifest = json.loads((read.path / "manifest.json").read_text())
+        assert manifest["format_version"] == version and read.step == 6
+        assert read.tensors["weights"]["representation_layers.0.weight"].shape == (4, 10)
+        assert read.tensors["optimizer"]["step"] == 6
 
 
 def test_latest_is_the_newest_and_none_before_the_first(tmp_path, caplog):
@@ -231,6 +247,24 @@ def test_an_end_at_any_moment_of_writing_leaves_a_loadable_checkpoint(tmp_path, 
         )  # what was left behind is in nobody's way
         assert latest_checkpoint(folder).path == again and read_checkpoint(again).state == {"step": 5}
         assert names(folder) == sorted({"step_00000001", again.name})
+    assert moment > 10
+
+
+@pytest.mark.parametrize("end", [Killed(), OSError(28, "No space left on device")], ids=["kill", "full disk"])
+def test_an_end_at_any_moment_of_writing_the_first_one_leaves_a_whole_one_or_none(tmp_path, monkeypatch, end):
+    disk = Disk(monkeypatch, end)
+    found = []
+    for moment in range(100):
+        folder = tmp_path / str(moment)
+        disk.left = moment
+        try:
+            write(folder, 1)
+        except (Killed, CheckpointError):
+            disk.left = None
+            found.append(latest_checkpoint(folder))
+        else:
+            break
+    assert found[0] is None and all(read is None or read.state == {"step": 1} for read in found)
     assert moment > 10
 
 

@@ -20,6 +20,7 @@ LEVELS = [
     {"replay"},
     {"workers"},
     {"cluster", "benchmarks"},
+    {"chaos"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -29,7 +30,7 @@ NEIGHBOURS = {
     ("config", "types"),
     ("observability", "run_folder"),
 }
-ONLY_IN = {"ray": {"cluster"}, "torch": {"algorithm", "networks", "workers", "benchmarks"}}
+ONLY_IN = {"ray": {"cluster"}, "torch": {"algorithm", "networks", "workers", "benchmarks", "chaos"}}
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 

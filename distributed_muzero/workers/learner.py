@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,15 +10,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distributed_muzero.algorithm.losses import LossWeights
 from distributed_muzero.algorithm.training import training_step
 from distributed_muzero.config import LearnerConfig
-from distributed_muzero.errors import ConfigError, NonFiniteError
+from distributed_muzero.errors import CheckpointError, ConfigError, NonFiniteError
 from distributed_muzero.networks.base import Networks
 from distributed_muzero.networks.flat import FlatWeights
 from distributed_muzero.types import Batch
 from distributed_muzero.workers.run_state import LearnerReport
+
+ADAM = ("step", "exp_avg", "exp_avg_sq")
+IN_THE_VECTOR = (torch.float32, torch.float16, torch.bfloat16)  # kept exactly by a float32 vector
+
+logger = logging.getLogger(__name__)
+
+Arrays = Mapping[str, Mapping[str, np.ndarray]]  # file stem -> name -> array
 
 
 class Learner:
@@ -96,16 +105,29 @@ class Learner:
         return self.version, self.average.cpu().numpy().copy()
 
     def state(self) -> tuple[dict[str, Mapping[str, np.ndarray]], dict[str, Any]]:
-        """What a checkpoint needs: arrays by file and name, and plain numbers. Later steps don't change it."""
+        """All that later steps depend on: arrays by file and name, and plain values. Later steps don't change it.
+
+        weights: the moving average that is published, by name.   optimizer: the raw weights as one vector, and Adam's.
+        generators: the states of torch's generators, uint8.   buffers: those of the networks that a float32 vector
+        would round (counts, flags), if there are any. Networks that keep more than parameters, buffers and torch's
+        generators don't go on bit for bit.
+        """
         adam = self.optimizer.state.get(self.flat.vector, {})
         arrays: dict[str, Mapping[str, np.ndarray]] = {
-            "weights": self.flat.named_arrays(self.average.cpu().numpy().copy()),
+            "weights": self.flat.named_arrays(_copy(self.average)),
             "optimizer": {
                 "vector": self.flat.read().cpu().numpy(),
-                **{name: value.detach().cpu().numpy().copy() for name, value in adam.items()},
+                **{name: _copy(adam[name]) for name in ADAM if name in adam},
             },
+            "generators": self._generators(),
         }
-        return arrays, {"learner_steps": self.num_steps, "weights_version": self.version}
+        if buffers := self._other_buffers():
+            arrays["buffers"] = {name: _copy(buffer) for name, buffer in buffers.items()}
+        return arrays, {
+            "learner_steps": self.num_steps,
+            "weights_version": self.version,
+            "learner_config": self.config.model_dump(mode="json"),
+        }
 
     def start_from(self, weights: np.ndarray, num_steps: int, version: int) -> None:
         """Goes on from published weights where no checkpoint was written yet; the optimizer starts anew."""
@@ -113,21 +135,80 @@ class Learner:
         self.average = self.flat.read()
         self.num_steps, self.version = num_steps, version
 
-    def restore(
-        self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any], min_version: int = 0
-    ) -> None:
-        """Goes on from what `state()` gave. The version starts at `min_version` or later, so it never goes back."""
+    def restore(self, arrays: Arrays, state: Mapping[str, Any], min_version: int = 0) -> None:
+        """Goes on from what `state()` gave. The version starts at `min_version` or later, so it never goes back.
+
+        Files and keys of others are passed over. What a checkpoint of format 1 doesn't hold (generators, other
+        buffers) stays as it is in a new learner. Raises CheckpointError, and changes nothing, when the arrays aren't
+        of these networks.
+        """
+        self._check(arrays, state)
+        saved = arrays["optimizer"]
         self.average = torch.from_numpy(self.flat.vector_of(arrays["weights"])).to(self.device)
-        adam = dict(arrays["optimizer"])
-        self.flat.write(adam.pop("vector"))
-        if adam:
+        self.flat.write(saved["vector"])
+        self.optimizer.state.clear()
+        if "step" in saved:
             self.optimizer.state[self.flat.vector] = {
                 # Adam keeps its step count as a tensor of its own, on the CPU unless it is fused on a GPU.
-                name: torch.from_numpy(value.copy()).to(self.device)
-                for name, value in adam.items()
+                name: torch.from_numpy(saved[name].copy()).to(self.device)
+                for name in ADAM
             }
+        if "buffers" in arrays:
+            for name, buffer in self._other_buffers().items():
+                buffer.copy_(torch.from_numpy(arrays["buffers"][name].copy()))
         self.num_steps = int(state["learner_steps"])
         self.version = max(int(state["weights_version"]), min_version)
+        self._tell_what_changed(state.get("learner_config", {}))
+        self._set_generators(arrays.get("generators", {}))
+
+    def _check(self, arrays: Arrays, state: Mapping[str, Any]) -> None:
+        for name in ("learner_steps", "weights_version"):
+            if not isinstance(state.get(name), int):
+                raise CheckpointError(
+                    f"a learner's checkpoint needs a whole number {name}; got {state.get(name)!r}"
+                )
+        optimizer = arrays.get("optimizer", {})
+        size, moments = (self.flat.size,), tuple(self.flat.vector.shape)
+        wanted = {"vector": size, "step": (), "exp_avg": moments, "exp_avg_sq": moments}
+        if not optimizer.keys() & ADAM:  # saved before the first step
+            wanted = {"vector": size}
+        _check_shapes("weights", arrays.get("weights", {}), dict(self.flat.layout))
+        _check_shapes("optimizer", {name: optimizer[name] for name in wanted if name in optimizer}, wanted)
+        if "buffers" in arrays:
+            buffers = {name: tuple(buffer.shape) for name, buffer in self._other_buffers().items()}
+            _check_shapes("buffers", arrays["buffers"], buffers)
+
+    def _other_buffers(self) -> dict[str, Tensor]:
+        """The networks' buffers whose exact values the vector of all weights doesn't hold."""
+        named = self.networks.named_buffers()
+        return {name: buffer for name, buffer in named if buffer.dtype not in IN_THE_VECTOR}
+
+    def _generators(self) -> dict[str, np.ndarray]:
+        states = {"cpu": torch.get_rng_state().numpy()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device).numpy()
+        return states
+
+    def _set_generators(self, saved: Mapping[str, np.ndarray]) -> None:
+        try:
+            if "cpu" in saved:
+                torch.set_rng_state(torch.from_numpy(saved["cpu"].copy()))
+            if "cuda" in saved and self.device.type == "cuda":
+                torch.cuda.set_rng_state(torch.from_numpy(saved["cuda"].copy()), self.device)
+        except (RuntimeError, TypeError) as error:
+            logger.warning(
+                "the generators of the checkpoint are of another torch; they start anew (%s)", error
+            )
+
+    def _tell_what_changed(self, saved: Mapping[str, Any]) -> None:
+        now = self.config.model_dump(mode="json")
+        changed = [
+            f"{name} {saved[name]} → {now[name]}" for name in now if saved.get(name, now[name]) != now[name]
+        ]
+        if changed:
+            logger.warning(
+                "the learner goes on with other settings than its checkpoint's: %s", ", ".join(changed)
+            )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         # What comes through the object store is read-only; torch only warns, and nothing here writes to it.
@@ -149,3 +230,20 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("learner.device is cuda, but torch sees no GPU here; use auto or cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _copy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().to("cpu", copy=True).numpy()
+
+
+def _check_shapes(
+    file: str, found: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    for name in (*expected, *sorted(found.keys() - expected.keys())):
+        came = str(list(found[name].shape)) if name in found else "missing"
+        wanted = str(list(expected[name])) if name in expected else "nothing of that name"
+        if came != wanted:
+            raise CheckpointError(
+                f"the checkpoint doesn't fit these networks: {name} of its {file} is {came}, expected {wanted}; "
+                "use the config that the run was trained with, or start a new run"
+            )

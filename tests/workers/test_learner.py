@@ -1,17 +1,22 @@
 import hashlib
+import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from distributed_muzero.checkpoint import read_checkpoint
 from distributed_muzero.config import LearnerConfig, make_config
 from distributed_muzero.environments.chain import make_chain, solve
 from distributed_muzero.errors import CheckpointError, ConfigError, NonFiniteError
 from distributed_muzero.workers.builder import Builder
-from distributed_muzero.workers.learner import choose_device, learning_rate
+from distributed_muzero.workers.learner import Learner, choose_device, learning_rate
 from distributed_muzero.workers.local import no_sleep, ready_batches
 from distributed_muzero.workers.outbox import Outbox
 from tests.episodes import make_episode
 
+GOLDEN = Path(__file__).parent.parent / "fixtures" / "checkpoints"
 SMALL = {
     "environment": {"id": "chain"},
     "network": {"hidden_sizes": [16], "embedding_size": 8},
@@ -73,10 +78,133 @@ def test_a_restored_learner_publishes_what_was_saved_under_a_version_that_never_
     assert restored.weights()[0] == 1
 
 
-def test_weights_of_other_networks_are_refused():
+def test_average_and_raw_weights_are_restored_each_with_its_own_running_statistics():
+    builder = make_builder()
+    learner, restored = builder.learner(), builder.learner()
+    for batch in make_batches(builder, 6):
+        learner.step(batch)
+    arrays, state = learner.state()
+    restored.restore(arrays, state)
+    raw = learner.flat.named_arrays(learner.flat.read().numpy())
+    assert raw["normalizer.num_batches"] == 6 and arrays["weights"]["normalizer.num_batches"] < 6
+    for name in ("normalizer.mean", "normalizer.variance"):
+        assert (raw[name] != arrays["weights"][name]).any()
+        assert (restored.networks.get_buffer(name).numpy() == raw[name]).all()
+    assert torch.equal(restored.flat.read(), learner.flat.read())
+    assert torch.equal(restored.average, learner.average)
+
+
+def test_buffers_that_a_float32_vector_would_round_are_restored_exactly():
+    builder = make_builder()
+    learners = [Learner(with_buffers(builder.networks()), builder.config.learner) for _ in range(2)]
+    learners[0].networks.count += 2**40 + 1
+    learners[0].networks.share += 1 / 3
+    learners[0].networks.on |= True
+    learners[1].restore(*learners[0].state())
+    restored = learners[1].networks
+    assert (int(restored.count), float(restored.share), bool(restored.on)) == (2**40 + 1, 1 / 3, True)
+
+
+def with_buffers(networks):
+    networks.register_buffer("count", torch.zeros((), dtype=torch.int64))
+    networks.register_buffer("share", torch.zeros((), dtype=torch.float64))
+    networks.register_buffer("on", torch.zeros((), dtype=torch.bool))
+    return networks
+
+
+def test_torch_goes_on_drawing_the_same_numbers():
     learner = make_builder().learner()
-    with pytest.raises(CheckpointError):
-        learner.restore(*make_builder(network={"embedding_size": 9}).learner().state())
+    arrays, state = learner.state()
+    drawn = torch.rand(5)
+    assert arrays["generators"]["cpu"].dtype == np.uint8
+    learner.restore(arrays, state)
+    assert torch.equal(torch.rand(5), drawn)
+
+
+def test_generators_of_another_torch_start_anew_and_say_so(caplog):
+    learner = make_builder().learner()
+    arrays, state = learner.state()
+    learner.restore({**arrays, "generators": {"cpu": np.zeros(7, np.uint8)}}, state)
+    assert "of another torch" in caplog.text
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_golden_checkpoints_go_on(version):
+    network = {"hidden_sizes": [4], "embedding_size": 3, "support_size": 5}
+    builder = make_builder(network=network)
+    saved = read_checkpoint(GOLDEN / f"format_{version}" / "step_00000006")
+    learner = builder.learner()
+    torch.manual_seed(5)
+    learner.restore(saved.tensors, saved.state)
+    published = hashlib.sha256(learner.weights()[1].tobytes()).hexdigest()
+    assert published == "734c673f64ef6aa4457ad962435ba11f79bdf06705de6e78fe9444e44438c9dc"
+    assert (learner.num_steps, learner.weights()[0]) == (6, 1)
+    generator = (
+        torch.Generator().manual_seed(5).get_state() if version == 1 else saved.tensors["generators"]["cpu"]
+    )
+    assert np.array_equal(torch.get_rng_state(), generator)
+    assert np.isfinite(learner.step(make_batches(builder, 1)[0])["train/loss"])
+    assert learner.optimizer.state[learner.flat.vector]["step"] == 7
+
+
+def test_what_other_writers_add_is_passed_over():
+    builder = make_builder()
+    learner, restored = builder.learner(), builder.learner()
+    learner.step(make_batches(builder, 1)[0])
+    arrays, state = learner.state()
+    more = {**arrays, "shards": {"a": np.ones(3)}, "optimizer": {**arrays["optimizer"], "new": np.ones(2)}}
+    restored.restore(more, {**state, "env_steps": 7, "shards": [1]})
+    assert digest(restored) == digest(learner)
+
+
+def test_other_settings_than_the_checkpoints_are_told(caplog):
+    learner = make_builder().learner()
+    with caplog.at_level(logging.WARNING):
+        learner.restore(*learner.state())
+        assert caplog.messages == []
+        make_builder(learner={**SMALL["learner"], "average_decay": 0.5}).learner().restore(*learner.state())
+    assert len(caplog.messages) == 1 and "average_decay 0.99 → 0.5" in caplog.messages[0]
+
+
+def without(arrays, file, name):
+    return {**arrays, file: {key: array for key, array in arrays[file].items() if key != name}}
+
+
+def test_what_does_not_fit_is_refused_by_name_and_changes_nothing():
+    builder = make_builder()
+    learner = builder.learner()
+    learner.step(make_batches(builder, 1)[0])
+    arrays, state = learner.state()
+    other = make_builder(network={"hidden_sizes": [16], "embedding_size": 9}).learner().state()[0]
+    bias = {"policy_layers.2.bias": np.zeros(99, np.float32)}
+    wrong = [
+        (
+            {**arrays, "weights": other["weights"]},
+            state,
+            r"representation_layers\.2\.weight .*is \[9, 16\], .*\[8, 16\]",
+        ),
+        (
+            without(arrays, "weights", "value_layers.0.bias"),
+            state,
+            r"value_layers\.0\.bias .*missing, .*\[16\]",
+        ),
+        (
+            {**arrays, "weights": {**arrays["weights"], "x": np.ones(2)}},
+            state,
+            r"x of its weights .*nothing of that",
+        ),
+        ({**arrays, "weights": {**arrays["weights"], **bias}}, state, r"policy_layers\.2\.bias .*\[99\]"),
+        ({**arrays, "optimizer": other["optimizer"]}, state, "vector of its optimizer"),
+        (without(arrays, "optimizer", "exp_avg"), state, "exp_avg of its optimizer is missing"),
+        ({**arrays, "buffers": {"count": np.ones(1)}}, state, "count of its buffers"),
+        ({"weights": arrays["weights"]}, state, "vector of its optimizer is missing"),
+        (arrays, {"learner_steps": 1}, "needs a whole number weights_version; got None"),
+    ]
+    before = digest(learner)
+    for tensors, numbers, message in wrong:
+        with pytest.raises(CheckpointError, match=message):
+            learner.restore(tensors, numbers)
+        assert digest(learner) == before
 
 
 def test_a_version_is_published_every_interval_and_its_weights_are_a_copy():

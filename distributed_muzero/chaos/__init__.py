@@ -1,0 +1,1 @@
+"""Faults on purpose: what the system promises under them is checked, and counted."""

@@ -1,0 +1,254 @@
+"""Damages checkpoints in every way that a disk can, and counts what was noticed.
+
+What is checked is taken from the module `checkpoint` when it is called: with a part of it replaced by a broken one,
+the counts must tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import resource
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distributed_muzero import checkpoint
+from distributed_muzero.errors import CheckpointError, DistributedMuZeroError
+
+OLDER, NEWEST = 1, 2  # steps
+NUM_FILES = 6  # of a checkpoint, manifest and DONE included
+CHILD_TIMEOUT_SECONDS = 300.0
+
+Content = tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]  # tensors and state
+
+
+class CorruptionResult(NamedTuple):
+    """How often what happened, after `n` damages one at a time."""
+
+    n: int
+    fell_back: int  # the older checkpoint came, as it was written, and a warning named the damaged one
+    refused: int  # CheckpointError
+    loaded_silently: int  # what came isn't the older checkpoint as it was written
+    fell_back_silently: int
+    crashed: int  # any other exception
+
+    @property
+    def broken(self) -> int:
+        return self.n - self.fell_back - self.refused
+
+
+class VersionResult(NamedTuple):
+    n: int
+    broken: list[str]  # which version, and what happened
+
+
+class DiskFullResult(NamedTuple):
+    n: int
+    refused: int  # writing raised CheckpointError
+    previous_loads: int  # the older checkpoint came afterwards, as it was written
+    goes_on: bool  # with space again, the next checkpoint is written and loads
+
+    @property
+    def broken(self) -> int:
+        return 2 * self.n - self.refused - self.previous_loads + (not self.goes_on)
+
+
+def run_corruptions(folder: Path, seed: int, n_flips: int = 200, n_truncations: int = 50) -> CorruptionResult:
+    """Flips a bit of, or cuts short, a random file of the newest of two checkpoints; loads; undoes it.
+
+    folder: new or empty. Raises DistributedMuZeroError if the undamaged checkpoints don't load.
+    """
+    rng = np.random.default_rng(seed)
+    older, newest = make_content(rng), make_content(rng)
+    checkpoint.write_checkpoint(folder, OLDER, *older)
+    path = checkpoint.write_checkpoint(folder, NEWEST, *newest)
+    files = sorted(path.iterdir())
+    counts: Counter[str] = Counter()
+    for damage in [flip_bit] * n_flips + [cut_short] * n_truncations:
+        file = files[rng.integers(len(files))]
+        data = file.read_bytes()
+        file.write_bytes(damage(data, rng))
+        counts[_outcome(folder, path.name, older)] += 1
+        file.write_bytes(data)
+    if not _is(checkpoint.latest_checkpoint(folder), NEWEST, newest):
+        raise DistributedMuZeroError(f"the undamaged checkpoint {path} doesn't load as it was written")
+    of_each = {name: counts[name] for name in CorruptionResult._fields if name != "n"}
+    return CorruptionResult(n_flips + n_truncations, **of_each)
+
+
+def run_other_versions(folder: Path, seed: int) -> VersionResult:
+    """Readable formats must load, all others be refused by a message that names theirs and ours."""
+    content = make_content(np.random.default_rng(seed))
+    readable = checkpoint.READABLE
+    versions = (*readable, min(readable) - 1, max(readable) + 1, max(readable) + 97)
+    broken = []
+    for version in versions:
+        path = checkpoint.write_checkpoint(folder, NEWEST, *content)
+        _rewrite_version(path, version)
+        try:
+            loaded = _is(checkpoint.read_checkpoint(path), NEWEST, content)
+            if not loaded or version not in readable:
+                broken.append(f"format {version} was loaded")
+        except CheckpointError as error:
+            ours = " and ".join(map(str, readable))
+            if version in readable or f"format {version}," not in str(error) or ours not in str(error):
+                broken.append(f"format {version}: {error}")
+    return VersionResult(len(versions), broken)
+
+
+def run_disk_full(folder: Path, seed: int, n: int = 20) -> DiskFullResult:
+    """`check_disk_full` in a process of its own, which no other writing of this one can disturb."""
+    command = [sys.executable, "-m", "distributed_muzero.chaos.corruption"]
+    arguments = [f"--folder={folder}", f"--seed={seed}", f"--offsets={n}"]
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=CHILD_TIMEOUT_SECONDS, check=False
+    )
+    if done.returncode != 0:
+        raise DistributedMuZeroError(
+            f"the writer in {folder} ended with code {done.returncode}: {done.stderr}"
+        )
+    return DiskFullResult(**json.loads(done.stdout))
+
+
+def check_disk_full(folder: Path, seed: int, n: int) -> DiskFullResult:
+    """Writes a checkpoint `n` times while the kernel refuses to let its files (in turn) grow beyond a random size."""
+    rng = np.random.default_rng(seed)
+    older, newest = make_content(rng), make_content(rng)
+    checkpoint.write_checkpoint(folder, OLDER, *older)
+    refused = previous_loads = 0
+    with _warnings():
+        for attempt in range(n):
+            try:
+                with _full_disk(attempt % NUM_FILES, rng.random()):
+                    checkpoint.write_checkpoint(folder, NEWEST, *newest)
+            except CheckpointError:
+                refused += 1
+            previous_loads += _is(_load(folder), OLDER, older)
+    checkpoint.write_checkpoint(folder, NEWEST, *newest)
+    return DiskFullResult(n, refused, previous_loads, _is(_load(folder), NEWEST, newest))
+
+
+def make_content(rng: np.random.Generator) -> Content:
+    """Random tensors and a state of the kind that a learner gives."""
+    weights = {"a": rng.normal(size=(16, 8)).astype(np.float32), "b": rng.normal(size=8).astype(np.float32)}
+    optimizer = {"vector": rng.normal(size=136).astype(np.float32), "step": np.float32(7).reshape(())}
+    generators = {"cpu": rng.integers(256, size=500, dtype=np.uint8)}
+    tensors: dict[str, dict[str, Any]] = {
+        "weights": weights,
+        "optimizer": optimizer,
+        "generators": generators,
+    }
+    return tensors, {"learner_steps": int(rng.integers(1000)), "weights_version": 3, "ratio": rng.random()}
+
+
+def flip_bit(data: bytes, rng: np.random.Generator) -> bytes:
+    flipped = bytearray(data)
+    flipped[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+    return bytes(flipped)
+
+
+def cut_short(data: bytes, rng: np.random.Generator) -> bytes:
+    return data[: rng.integers(len(data))]
+
+
+def _outcome(folder: Path, damaged: str, older: Content) -> str:
+    with _warnings() as warnings:
+        try:
+            found = checkpoint.latest_checkpoint(folder)
+        except CheckpointError:
+            return "refused"
+        except Exception:
+            return "crashed"
+    if not _is(found, OLDER, older):
+        return "loaded_silently"
+    return "fell_back" if any(damaged in warning for warning in warnings) else "fell_back_silently"
+
+
+def _is(found: checkpoint.Checkpoint | None, step: int, content: Content) -> bool:
+    tensors, state = content
+    if found is None or found.step != step or found.state != state or found.tensors.keys() != tensors.keys():
+        return False
+    return all(_same(found.tensors[stem], arrays) for stem, arrays in tensors.items())
+
+
+def _same(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> bool:
+    return found.keys() == expected.keys() and all(
+        found[name].dtype == array.dtype and np.array_equal(found[name], array)
+        for name, array in expected.items()
+    )
+
+
+def _load(folder: Path) -> checkpoint.Checkpoint | None:
+    try:
+        return checkpoint.latest_checkpoint(folder)
+    except CheckpointError:
+        return None
+
+
+def _rewrite_version(path: Path, version: int) -> None:
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    data = json.dumps({**manifest, "format_version": version}).encode()
+    (path / "manifest.json").write_bytes(data)
+    (path / "DONE").write_text(hashlib.sha256(data).hexdigest())
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What the checkpoints' logger warns of meanwhile; kept from the terminal."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger, propagate = checkpoint.logger, checkpoint.logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield messages
+    finally:
+        logger.propagate = propagate
+        logger.removeHandler(handler)
+
+
+@contextmanager
+def _full_disk(file_number: int, share: float) -> Iterator[None]:
+    """From the checkpoint's file of that number (from 0) on, no file may grow beyond that share of its size."""
+    real: Callable[[Path, bytes], None] = checkpoint.write_synced
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    num_written = 0
+
+    def write(path: Path, data: bytes) -> None:
+        nonlocal num_written
+        if num_written == file_number:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(data)), hard))
+        num_written += 1
+        real(path, data)
+
+    vars(checkpoint)["write_synced"] = write
+    try:
+        yield
+    finally:
+        vars(checkpoint)["write_synced"] = real
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Writes checkpoints to a disk that is full at random offsets."
+    )
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--offsets", type=int, default=20)
+    options = parser.parse_args(arguments)
+    print(json.dumps(check_disk_full(options.folder, options.seed, options.offsets)._asdict()))
+
+
+if __name__ == "__main__":
+    main()
