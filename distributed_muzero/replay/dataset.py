@@ -119,7 +119,7 @@ def _write(path: Path, episodes: Iterator[StoredEpisode], row_group_bytes: int) 
     schema = _schema(np.dtype(facts.observation_dtype))
     num_episodes = num_transitions = 0
     with pq.ParquetWriter(
-        path, schema, compression="zstd", use_dictionary=False, write_page_checksum=True
+        path, schema, compression="zstd", use_dictionary=_with_dictionary(schema), write_page_checksum=True
     ) as writer:
         for group in _groups(itertools.chain([first], episodes), row_group_bytes):
             for stored in group:
@@ -266,6 +266,15 @@ def _observation_type(dtype: np.dtype) -> pa.DataType:
     if dtype.kind in "biuf" and dtype.itemsize <= 8 and dtype.isnative:
         return pa.list_(pa.from_numpy_dtype(dtype))
     return EPISODES.field("observations").type
+
+
+def _with_dictionary(schema: pa.Schema) -> list[str]:
+    """Parquet stores small integers in 32 bits; a dictionary makes bytes of them again. Floats stay as they are."""
+    kind = schema.field("observations").type
+    is_small = (
+        pa.types.is_list(kind) and pa.types.is_integer(kind.value_type) and kind.value_type.bit_width == 8
+    )
+    return ["observations.list.element"] if is_small else []
 
 
 def _to_columns(stored: Sequence[StoredEpisode], schema: pa.Schema) -> pa.RecordBatch:
