@@ -71,7 +71,7 @@ class SearchConfig(Section):
 
 
 class ActorConfig(Section):
-    num_actors: Positive = 1
+    num_actors: Annotated[int, Field(ge=0)] = 1  # 0: nobody plays, the stored episodes are all there is
     envs_per_actor: Positive = 32  # B, games in lockstep through one batched search
     # (from learner step, temperature), rising steps
     temperatures: tuple[tuple[int, float], ...] = ((0, 1.0),)
@@ -95,6 +95,20 @@ class ReplayConfig(Section):
     samples_per_insert: Annotated[float, Field(gt=0)] = 32.0  # sampled rows for each stored transition
     # slack in samples; none = chosen from the batch
     error_buffer: Annotated[float, Field(gt=0)] | None = None
+    # P ∝ priority^exponent; 0 = uniform
+    priority_exponent: Annotated[float, Field(ge=0)] = 0.0
+    # β of the importance weights (N · P)^−β
+    importance_exponent: Fraction = 1.0
+    segment_bytes: Annotated[int, Field(ge=2**16)] = 64 * 1024**2  # of one file of a shard's log
+
+
+class ReanalyseConfig(Section):
+    # of all searched positions, the share that is stored ones searched anew; 1 = offline only
+    ratio: Fraction = 0.0
+    num_workers: Positive = 1
+    batch_size: Positive = 128  # positions in one search
+    num_simulations: Positive | None = None  # none = the search's own
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
 
 
 class LearnerConfig(Section):
@@ -140,12 +154,22 @@ class Config(Section):
     search: SearchConfig = SearchConfig()
     actor: ActorConfig = ActorConfig()
     replay: ReplayConfig = ReplayConfig()
+    reanalyse: ReanalyseConfig = ReanalyseConfig()
     learner: LearnerConfig = LearnerConfig()
     evaluator: EvaluatorConfig = EvaluatorConfig()
     run: RunConfig = RunConfig()
 
+    @property
+    def is_offline(self) -> bool:
+        """Whether nobody plays: the episodes that the replay holds are all there is to learn from."""
+        return self.actor.num_actors == 0
+
     @model_validator(mode="after")
     def _check(self) -> Config:
+        if self.reanalyse.ratio == 1 and not self.is_offline:
+            raise ValueError(
+                "reanalyse.ratio 1 leaves nothing to play: it needs actor.num_actors 0 (--offline)"
+            )
         slack, rows = self.replay.error_buffer, self.learner.batch_size
         if slack is not None and slack < rows:
             raise ValueError(

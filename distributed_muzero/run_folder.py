@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import fcntl
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,13 @@ from distributed_muzero.errors import ConfigError, RunError
 from distributed_muzero.files import to_json, write_atomically
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+# What can't change in a run that goes on; without keys, the whole section.
+FIXED: dict[str, tuple[str, ...]] = {
+    "environment": ("id", "kwargs", "history_length"),
+    "network": (),
+    "replay": ("num_shards",),
+    "run": ("seed",),
+}
 MAX_LISTED = 20  # runs named in an error
 
 
@@ -63,6 +72,48 @@ class RunFolder:
     def replay(self) -> Path:
         return self.path / "replay"
 
+    @property
+    def lock_file(self) -> Path:
+        return self.path / "lock"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from going on with this run. Raises RunError if one does."""
+        with self.lock_file.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(
+                    f"run {self.name!r} is going on in another process; stop that one first, or wait for its end"
+                ) from None
+            yield
+
+    def begin_launch(self) -> int:
+        """Counts the starts of the run, durably, from 0. What a launch names after it is named once for ever."""
+        file = self.path / "launches"
+        try:
+            launch = int(file.read_text()) if file.exists() else 0
+            write_atomically(file, f"{launch + 1}\n".encode())
+        except (OSError, ValueError) as error:
+            raise RunError(f"can't count the launches of the run in {file}: {error}") from None
+        return launch
+
+    def change_config(self, config: Config) -> RunFolder:
+        """The run with other settings, written to its config.yaml. Raises RunError for those that can't change."""
+        for section, keys in FIXED.items():
+            before, after = getattr(self.config, section), getattr(config, section)
+            for key in keys or type(before).model_fields:
+                if getattr(before, key) != getattr(after, key):
+                    raise RunError(
+                        f"{section}.{key} of run {self.name!r} is {getattr(before, key)!r} and can't become "
+                        f"{getattr(after, key)!r}: its weights and episodes depend on it; start a new run with it"
+                    )
+        try:
+            write_atomically(self.config_file, config.to_yaml().encode())
+        except OSError as error:
+            raise RunError(f"can't write {self.config_file}: {error}; the old one is intact") from None
+        return RunFolder(self.path, config)
+
     def write_status(self, status: Mapping[str, Any]) -> None:
         """Replaces status.json at once: a reader never meets half. Raises RunError if the disk refuses."""
         try:
@@ -99,7 +150,7 @@ def create_run(runs_dir: Path | str, name: str | None, config: Config) -> RunFol
         write_atomically(path / "config.yaml", config.to_yaml().encode())
     except FileExistsError:
         raise RunError(
-            f"run {chosen!r} exists already in {root}; choose another --name"
+            f"run {chosen!r} exists already in {root}; choose another --name, or go on with it: resume {chosen}"
             if path.exists()
             else f"the runs folder {root} is a file; choose another --runs-dir"
         ) from None

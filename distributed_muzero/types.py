@@ -56,7 +56,8 @@ class Batch(NamedTuple):
     target_rewards: np.ndarray  # [M, K+1] float32: u_t … u_{t+K}
     importance_weights: np.ndarray  # [M] float32
     positions: np.ndarray  # [M, 2] int64: episode key inside the shard, step t
-    weights_versions: np.ndarray  # [M] int64: the version each row was played with
+    weights_versions: np.ndarray  # [M] int64: the version whose search gave each row's policies and values
+    shard: int = 0  # that made it, and takes its priorities
 
 
 class SearchResult(NamedTuple):

@@ -26,6 +26,7 @@ class Losses(NamedTuple):
     value: Tensor
     reward: Tensor
     policy: Tensor
+    value_errors: Tensor  # |v⁰ − z_t|, unscaled: the row's priority
 
 
 def unroll_losses(
@@ -57,7 +58,10 @@ def unroll_losses(
     def by_row(loss: Tensor, scale: Tensor) -> Tensor:
         return (loss.view(-1, num_rows) * scale).sum(0)
 
-    value = by_row(networks.value_head.loss(networks.value_output(everything), flat(target_returns)), scale)
+    value_output = networks.value_output(everything)
+    value = by_row(networks.value_head.loss(value_output, flat(target_returns)), scale)
+    with torch.no_grad():
+        value_errors = (networks.value_head.decode(value_output[:num_rows]) - target_returns[:, 0]).abs()
     policy = by_row(cross_entropy(networks.policy(everything), flat(target_policies)), scale)
     if num_unroll_steps:
         output = networks.reward_output(torch.cat(inputs), flat(actions[:, :-1]), everything[num_rows:])
@@ -65,7 +69,11 @@ def unroll_losses(
     else:
         reward = torch.zeros_like(value)
     return Losses(
-        weights.value * value + weights.reward * reward + weights.policy * policy, value, reward, policy
+        weights.value * value + weights.reward * reward + weights.policy * policy,
+        value,
+        reward,
+        policy,
+        value_errors,
     )
 
 

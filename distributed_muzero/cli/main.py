@@ -23,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("train")(train.train)
+app.command("resume")(train.resume)
 app.command("evaluate")(evaluate.evaluate)
 app.command("envs")(configs.envs)
 app.add_typer(configs.app, name="config")

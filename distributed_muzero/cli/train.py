@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,9 +20,18 @@ from distributed_muzero.config import (
     parse_overrides,
     preset_names,
 )
-from distributed_muzero.errors import ConfigError
+from distributed_muzero.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from distributed_muzero.run_folder import RunFolder
 
 FINAL_EVALUATION_STREAM = 10**12  # no evaluation during training used these seeds: theirs are learner steps
+OFFLINE = {"actor": {"num_actors": 0}, "reanalyse": {"ratio": 1.0}}
+
+
+class Resume(StrEnum):
+    never = "never"
+    auto = "auto"
 
 
 def train(
@@ -48,6 +58,15 @@ def train(
         list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")
     ] = None,
     in_process: Annotated[bool, typer.Option("--in-process", help="One process, without Ray.")] = False,
+    resume: Annotated[
+        Resume, typer.Option(help="auto: go on with the run if there is one of this name.")
+    ] = Resume.never,
+    offline: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Learn from stored episodes alone: an exported .parquet, a folder of them, or a run."
+        ),
+    ] = None,
 ) -> None:
     """Train on an environment: one learner, shards, actors and an evaluator, until a limit is reached or Ctrl-C.
 
@@ -64,16 +83,58 @@ def train(
         "actor": {"num_actors": actors, "envs_per_actor": envs_per_actor},
         "replay": {"num_shards": shards},
     }
-    given = {
+    layers = [_source(preset, env, config), given_only(options), parse_overrides(set_ or [])]
+    if offline:
+        layers[1:1] = [OFFLINE]
+    chosen = make_config(*layers)
+    if offline and not chosen.is_offline:
+        raise ConfigError(f"--offline learns from stored episodes alone: leave out --actors {actors}")
+    if chosen.is_offline and not offline:
+        raise ConfigError("actor.num_actors is 0: say with --offline DATASET what to learn from")
+    run_training(chosen, name, runs_dir, in_process, resume is Resume.auto, offline or [])
+
+
+def resume(
+    run: Annotated[str, typer.Argument(help="A run's name, or its folder.")],
+    runs_dir: Annotated[Path, typer.Option(help="The folder of all runs.")] = Path("runs"),
+    max_env_steps: Annotated[
+        int | None, typer.Option(help="Of the whole run, earlier steps included.")
+    ] = None,
+    max_train_steps: Annotated[
+        int | None, typer.Option(help="Of the whole run, earlier steps included.")
+    ] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Of this launch.")] = None,
+    stop_at_return: Annotated[
+        float | None, typer.Option(help="Stop when an evaluation reaches this mean.")
+    ] = None,
+    actors: Annotated[int | None, typer.Option(help="actor.num_actors: actor processes.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value; null lifts a limit.")
+    ] = None,
+    in_process: Annotated[bool, typer.Option("--in-process", help="One process, without Ray.")] = False,
+) -> None:
+    """Go on with a run that ended or was killed: weights, optimizer, stored episodes and counts are as they were."""
+    from distributed_muzero.run_folder import open_run
+
+    options: dict[str, dict[str, Any]] = {
+        "run": {
+            "max_env_steps": max_env_steps,
+            "max_train_steps": max_train_steps,
+            "max_minutes": max_minutes,
+            "stop_at_return": stop_at_return,
+        },
+        "actor": {"num_actors": actors},
+    }
+    folder = open_run(run, runs_dir)
+    config = make_config(folder.config.model_dump(), given_only(options), parse_overrides(set_ or []))
+    train_in(folder, config, in_process)
+
+
+def given_only(options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {
         section: {key: value for key, value in values.items() if value is not None}
         for section, values in options.items()
     }
-    run_training(
-        make_config(_source(preset, env, config), given, parse_overrides(set_ or [])),
-        name,
-        runs_dir,
-        in_process,
-    )
 
 
 def _source(preset: str | None, env: str | None, file: Path | None) -> dict[str, Any]:
@@ -86,13 +147,28 @@ def _source(preset: str | None, env: str | None, file: Path | None) -> dict[str,
     return load_file(file) if file is not None else {"environment": {"id": env}}
 
 
-def run_training(config: Config, name: str | None, runs_dir: Path, in_process: bool) -> None:
-    """Makes the run's folder, trains, evaluates what did best, and says where everything lies."""
-    from distributed_muzero.cli.evaluate import evaluate_run, print_result
+def run_training(
+    config: Config, name: str | None, runs_dir: Path, in_process: bool, may_exist: bool, datasets: list[Path]
+) -> None:
+    """Makes the run's folder, or opens it if it `may_exist`, fills it with the datasets' episodes, and trains."""
     from distributed_muzero.environments.registry import make_environment
     from distributed_muzero.networks.registry import check_name
+    from distributed_muzero.run_folder import create_run, open_run, run_names
+
+    # What can't be made must not leave a run's folder behind.
+    check_name(config.network.name)
+    make_environment(config.environment).close()
+    if may_exist and name in run_names(runs_dir):
+        folder = open_run(name, runs_dir)
+    else:
+        folder = create_run(runs_dir, name, config)
+    train_in(folder, config, in_process, datasets)
+
+
+def train_in(folder: RunFolder, config: Config, in_process: bool, datasets: Sequence[Path] = ()) -> None:
+    """Trains in a run's folder from where it stands, evaluates what did best, and says where everything lies."""
+    from distributed_muzero.cli.evaluate import evaluate_run, print_result
     from distributed_muzero.observability.progress import Progress
-    from distributed_muzero.run_folder import create_run
 
     if in_process:
         from distributed_muzero.workers.local import train as train_loop
@@ -100,13 +176,19 @@ def run_training(config: Config, name: str | None, runs_dir: Path, in_process: b
         from distributed_muzero.cluster.session import train as train_loop
     from distributed_muzero.workers.bookkeeper import Bookkeeper
 
-    # What can't be made must not leave a run's folder behind.
-    check_name(config.network.name)
-    make_environment(config.environment).close()
-    folder = create_run(runs_dir, name, config)
-    with Progress(limits=config.run) as progress, stop_on_signal(progress) as stop:
+    with folder.locked(), Progress(limits=config.run) as progress, stop_on_signal(progress) as stop:
+        folder = folder.change_config(config)
+        import_stored(folder, datasets, progress.message)
+        book = Bookkeeper(config, folder, progress, launch=folder.begin_launch())
         progress.message(f"run {folder.name} in {folder.path}")
-        book = Bookkeeper(config, folder, progress)
+        if book.launch:
+            progress.message(
+                f"going on from {book.state.env_steps} environment steps, "
+                f"{book.state.learner.learner_steps} learner steps"
+            )
+        if reason := book.state.stop_reason():
+            raise RunError(f"run {folder.name} is over: {reason}; resume it with a higher limit to go on")
+        progress.message("starting its workers")
         status = "failed"
         try:
             reason = train_loop(config, folder.name, book, stop.is_set)
@@ -120,6 +202,24 @@ def run_training(config: Config, name: str | None, runs_dir: Path, in_process: b
     if status == "finished" and state.learner.learner_steps:
         seeds = (config.run.seed, FINAL_EVALUATION_STREAM)
         print_result(evaluate_run(folder, config.evaluator.num_episodes, seeds, None))
+
+
+def import_stored(folder: RunFolder, datasets: Sequence[Path], tell: Callable[[str], None]) -> None:
+    """Puts the datasets' episodes into the run's replay; those that it holds already are not stored twice."""
+    if not datasets:
+        return
+    from distributed_muzero.replay.dataset import import_datasets
+    from distributed_muzero.workers.builder import Builder
+
+    counts = import_datasets(datasets, folder.replay, Builder(folder.config, folder.name))
+    tell(
+        f"{counts.offered} stored episodes: {counts.stored} new ({counts.stored_transitions} transitions), "
+        f"{counts.duplicates} known, {sum(counts.rejected.values())} refused"
+    )
+    if counts.evicted_transitions:
+        tell(
+            f"{counts.evicted_transitions} transitions didn't fit; raise replay.max_transitions to use them all"
+        )
 
 
 class Stop:

@@ -17,19 +17,28 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from distributed_muzero import checkpoint
-from distributed_muzero.cluster.program import ActorWorker, EvaluatorWorker, LearnerWorker, ReplayShardWorker
+from distributed_muzero.cluster.program import (
+    ActorWorker,
+    EvaluatorWorker,
+    LearnerWorker,
+    ReanalyserWorker,
+    ReplayShardWorker,
+)
 from distributed_muzero.cluster.run_control import NAMESPACE, RunControl
 from distributed_muzero.config import Config
 from distributed_muzero.errors import DistributedMuZeroError, RunError
 from distributed_muzero.workers.bookkeeper import Bookkeeper
+from distributed_muzero.workers.builder import num_reanalysers
 from distributed_muzero.workers.run_state import LearnerReport
 
 PLAY_SECONDS = 0.25
+REANALYSE_SECONDS = 0.5
 TRAIN_SECONDS = 1.0  # at most; a call ends when the next weights version is due
 LEARNER_CALLS_IN_FLIGHT = 2  # so that the learner never waits for the driver
 CALL_TIMEOUT_SECONDS = 120.0  # also covers the start of the process behind the call
 EVALUATION_TIMEOUT_SECONDS = 3600.0  # games may be long, and a slow evaluation holds nobody up
 EXCHANGE_SECONDS = 0.5
+STOP_SECONDS = 15.0  # for flushing shards and fetching the learner's state when the run ends
 SHARD_RESTART_SECONDS = 60.0  # Ray's restart of a shard's process, and its own from its log
 MAX_FAILURES_IN_A_ROW = 5
 
@@ -49,15 +58,16 @@ class Role:
     name: str
     make: Callable[[int], Any]  # incarnation -> handle
     handle: Any = None
-    incarnation: int = -1
+    first_incarnation: int = 0
+    num_starts: int = 0
     failures_in_a_row: int = 0
     has_answered: bool = False  # this incarnation
     lost_at: float | None = None  # of a shard that Ray is restarting
 
     def start(self) -> None:
-        self.incarnation += 1
+        self.handle = self.make(self.first_incarnation + self.num_starts)
+        self.num_starts += 1
         self.has_answered = False
-        self.handle = self.make(self.incarnation)
 
 
 @dataclass
@@ -88,7 +98,7 @@ class Driver:
         try:
             return self._run()
         except DistributedMuZeroError:
-            self._write_last_checkpoint()
+            self._end()
             raise
 
     def _run(self) -> str:
@@ -100,13 +110,13 @@ class Driver:
                 list(self.shard_stats.values()),
                 num_desired=self.num_desired_actors,
                 num_actors=sum(role.has_answered for role in self.actors),
-                num_restarts=sum(role.incarnation for role in self.actors),
+                num_restarts=sum(role.num_starts - 1 for role in self.actors),
             )
             if reason := self.book.state.stop_reason():
-                self._write_last_checkpoint(evaluate=not self.book.state.has_reached_goal)
+                self._end(evaluate=not self.book.state.has_reached_goal)
                 return reason
             if self.stop_requested() or self._was_told_to_stop:
-                self._write_last_checkpoint()
+                self._end()
                 return "a stop was asked for"
 
     # What runs ------------------------------------------------------------------------------------------------
@@ -116,18 +126,29 @@ class Driver:
         self.control = Role("run control", lambda _: self._make_control())
         self.control.start()
         self.shards = [
-            Role(f"replay shard {index}", lambda _: None, ReplayShardWorker.remote(config, name, index))
+            Role(
+                f"replay shard {index}",
+                lambda _: None,
+                ReplayShardWorker.remote(config, name, index, self.book.folder.replay),
+            )
             for index in range(config.replay.num_shards)
         ]
         self._shard_handles = [role.handle for role in self.shards]
-        num_gpus = 1 if config.learner.device != "cpu" and ray.cluster_resources().get("GPU", 0) else 0
+        self.num_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+        num_gpus = self.num_gpus if config.learner.device != "cpu" else 0
         self.learner = Role(
             "learner",
             lambda _: LearnerWorker.options(num_gpus=num_gpus).remote(config, name, self._shard_handles),
         )
         self.evaluator = Role("evaluator", lambda _: EvaluatorWorker.remote(config, name))
         self.actors: list[Role] = []
+        self.reanalysers = [
+            Role(f"reanalyser {index}", partial(self._make_reanalyser, index))
+            for index in range(num_reanalysers(config))
+        ]
         self._start_learner()
+        for role in self.reanalysers:
+            role.start()
         self._reconcile()
 
     def _make_control(self) -> Any:
@@ -138,12 +159,13 @@ class Driver:
         self.learner.start()
         saved = checkpoint.latest_checkpoint(self.book.folder.checkpoints)
         handle, published = self.learner.handle, self.published
-        version = published.version + 1 if published else 0  # a version is never given to two sets of weights
-        if saved is not None:
-            self._call(self.learner, handle.restore.remote(saved.tensors, saved.state, version), ignore)
-        elif published is not None:
+        # A version is never given to two sets of weights.
+        version = published.version + 1 if published else self.book.first_version
+        if saved is None and published is not None:
             begun = handle.start_from.remote(published.weights, published.learner_steps, version)
-            self._call(self.learner, begun, ignore)
+        else:
+            begun = handle.begin.remote(saved and saved.tensors, saved and saved.state, version)
+        self._call(self.learner, begun, ignore)
         if self.published is None:
             self._call(self.learner, self.learner.handle.weights.remote(), self._on_first_weights)
         for _ in range(LEARNER_CALLS_IN_FLIGHT):
@@ -151,7 +173,9 @@ class Driver:
 
     def _reconcile(self) -> None:
         while len(self.actors) < self.num_desired_actors:
-            role = Role(f"actor {len(self.actors)}", partial(self._make_actor, len(self.actors)))
+            index = len(self.actors)
+            first = self.book.first_incarnation
+            role = Role(f"actor {index}", partial(self._make_actor, index), first_incarnation=first)
             self.actors.append(role)
             role.start()
             self._play(role)
@@ -173,6 +197,12 @@ class Driver:
     def _make_actor(self, index: int, incarnation: int) -> Any:
         return ActorWorker.remote(self.config, self.run_name, index, incarnation, self._shard_handles)
 
+    def _make_reanalyser(self, index: int, _: int) -> Any:
+        num_gpus = self.num_gpus if self.config.reanalyse.device != "cpu" else 0
+        return ReanalyserWorker.options(num_gpus=num_gpus).remote(
+            self.config, self.run_name, index, self._shard_handles
+        )
+
     # What it asks of them, and what it does with the answers ---------------------------------------------------
 
     def _play(self, role: Role) -> None:
@@ -187,11 +217,23 @@ class Driver:
         if role in self.actors:
             self._play(role)
 
+    def _reanalyse(self, role: Role) -> None:
+        assert self.published is not None
+        version, _, weights = self.published
+        call = role.handle.work.remote(version, weights, REANALYSE_SECONDS)
+        self._call(role, call, lambda report: self._on_reanalyse(role, report))
+
+    def _on_reanalyse(self, role: Role, report: Any) -> None:
+        self.book.state.add_reanalyse_report(report)
+        self._reanalyse(role)
+
     def _on_first_weights(self, answer: tuple[int, Any]) -> None:
         version, weights = answer
-        self.published = Published(version, 0, ray.put(weights))
+        self.published = Published(version, self.book.state.learner.learner_steps, ray.put(weights))
         for role in self.actors:
             self._play(role)
+        for role in self.reanalysers:
+            self._reanalyse(role)
 
     def _train(self) -> None:
         handle = self.learner.handle
@@ -230,7 +272,7 @@ class Driver:
             self._call(self.control, self.control.handle.exchange.remote(status), self._on_exchange)
         for index, role in enumerate(self.shards):
             if id(role) not in asked:
-                self._call(role, role.handle.stats.remote(), partial(self.shard_stats.__setitem__, index))
+                self._call(role, role.handle.flush.remote(), partial(self.shard_stats.__setitem__, index))
 
     def _on_exchange(self, desired: dict[str, Any]) -> None:
         self.num_desired_actors = desired["num_actors"]
@@ -291,13 +333,14 @@ class Driver:
             role.start()
             if role in self.actors:
                 self._play(role)
+            elif role in self.reanalysers and self.published is not None:
+                self._reanalyse(role)
 
     def _await_shard(self, role: Role, error: BaseException) -> None:
         """Ray restarts a shard under the same handle, which actors and learner hold; a hung one has to die first."""
         now = time.monotonic()
         if role.lost_at is None:
             role.lost_at = now
-            role.incarnation += 1
             self._tell_lost(role, error)
         if not isinstance(error, RayActorError):
             ray.kill(role.handle, no_restart=False)
@@ -312,23 +355,33 @@ class Driver:
         for ready in [ready for ready, call in self.calls.items() if call.role is role]:
             del self.calls[ready]
 
-    def _write_last_checkpoint(self, evaluate: bool = False) -> None:
-        """Saves what was learnt last; evaluated, so that it can turn out to be the best."""
-        if not self.book.state.learner.learner_steps:
-            return  # nothing was learnt, and the learner may not even have started
+    def _end(self, evaluate: bool = False) -> None:
+        """Saves what was learnt last (evaluated, so that it can turn out to be the best) and what the shards hold."""
+        deadline = time.monotonic() + STOP_SECONDS
+        flushes = [role.handle.flush.remote() for role in self.shards]
+        done, late = ray.wait(flushes, num_returns=len(flushes), timeout=STOP_SECONDS / 3)
+        if late:
+            self.book.progress.message(
+                f"{len(late)} replay shards gave no answer in time; their logs are intact"
+            )
         try:
-            state_call = self.learner.handle.state.remote()
-            (arrays, state), weights = ray.get(state_call, timeout=CALL_TIMEOUT_SECONDS)
-            steps, version = state["learner_steps"], state["weights_version"]
-            self.book.state.add_learner_report(LearnerReport(steps, version))
-            path = self.book.write_checkpoint(arrays, state)
-            if evaluate:
-                if self.evaluator.handle is None:
-                    self.evaluator.start()
-                call = self.evaluator.handle.evaluate.remote(version, weights, (self.config.run.seed, steps))
-                self.book.add_evaluation(ray.get(call, timeout=CALL_TIMEOUT_SECONDS), path, steps)
+            self.shard_stats.update((flushes.index(call), ray.get(call)) for call in done)
+            if self.book.state.learner.learner_steps:  # else the learner may not even have started
+                self._write_last_checkpoint(deadline, evaluate)
         except RayError as error:
             self.book.progress.message(f"the last checkpoint could not be written or evaluated: {error}")
+
+    def _write_last_checkpoint(self, deadline: float, evaluate: bool) -> None:
+        state_call = self.learner.handle.state.remote()
+        (arrays, state), weights = ray.get(state_call, timeout=max(deadline - time.monotonic(), 1.0))
+        steps, version = state["learner_steps"], state["weights_version"]
+        self.book.state.add_learner_report(LearnerReport(steps, version))
+        path = self.book.write_checkpoint(arrays, state)
+        if evaluate:
+            if self.evaluator.handle is None:
+                self.evaluator.start()
+            call = self.evaluator.handle.evaluate.remote(version, weights, (self.config.run.seed, steps))
+            self.book.add_evaluation(ray.get(call, timeout=CALL_TIMEOUT_SECONDS), path, steps)
 
 
 def ignore(result: object) -> None:

@@ -7,27 +7,34 @@ exception that it is, where Ray makes a dead process of an exception in a constr
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from distributed_muzero.cluster.group_commit import GroupCommit
 from distributed_muzero.config import Config
+from distributed_muzero.errors import LogError
+from distributed_muzero.replay.schema import Priorities, StoredEpisode, Targets
 from distributed_muzero.types import Batch, Episode
 from distributed_muzero.workers.builder import Builder
 from distributed_muzero.workers.outbox import Outbox
 from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
-from distributed_muzero.workers.run_state import ActorReport, LearnerReport
+from distributed_muzero.workers.run_state import ActorReport, LearnerReport, ReanalyseReport
 
 if TYPE_CHECKING:  # they import torch, which a shard's process does without
     from distributed_muzero.workers.actor import Actor
     from distributed_muzero.workers.evaluator import Evaluator
     from distributed_muzero.workers.learner import Learner
+    from distributed_muzero.workers.reanalyser import Reanalyser
 
 BATCHES_PER_CALL = 4
 REST_SECONDS = 0.005  # before a shard that had nothing is asked again
+MAX_UPDATES_IN_FLIGHT = 32  # of priorities
 LOST_REST_SECONDS = 0.5  # before a shard that was lost is asked again
 INSERT_TIMEOUT_SECONDS = 20.0
 SAMPLE_TIMEOUT_SECONDS = 20.0
@@ -49,20 +56,41 @@ class made_at_first_use:
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class ReplayShardWorker:
-    def __init__(self, config: Config, run_name: str, index: int):
-        self.make = lambda: Builder(config, run_name).replay_shard(index)
+    """Everything runs in one event loop but the commits to the disk: the loop goes on sampling meanwhile."""
+
+    def __init__(self, config: Config, run_name: str, index: int, replay_folder: Path):
+        self.make = lambda: Builder(config, run_name).replay_shard(index, replay_folder)
 
     @made_at_first_use
     def shard(self) -> ReplayShard:
         return self.make()
 
-    def insert(self, episodes: list[Episode]) -> list[InsertReply]:
-        return self.shard.insert(episodes)
+    @made_at_first_use
+    def group_commit(self) -> GroupCommit:
+        return GroupCommit(self.shard.commit)
 
-    def sample(self, num_batches: int) -> list[Batch]:
+    async def insert(self, episodes: list[Episode]) -> list[InsertReply]:
+        offer = self.shard.begin(episodes)
+        try:
+            await self.group_commit.done()
+        except LogError as error:
+            return self.shard.abandon(offer, error)
+        return self.shard.finish(offer)
+
+    async def sample(self, num_batches: int) -> list[Batch]:
         return self.shard.sample_many(num_batches)
 
-    def stats(self) -> dict[str, float]:
+    async def update_priorities(self, update: Priorities) -> None:
+        self.shard.update_priorities(update)
+
+    async def take_for_reanalyse(self, max_transitions: int, version: int) -> list[StoredEpisode]:
+        return self.shard.take_for_reanalyse(max_transitions, version)
+
+    async def update_targets(self, targets: list[Targets]) -> int:
+        return self.shard.update_targets(targets)
+
+    async def flush(self) -> dict[str, float]:
+        self.shard.flush()
         return self.shard.stats()
 
 
@@ -87,13 +115,14 @@ class LearnerWorker:
     def __init__(self, config: Config, run_name: str, shards: list[Any]):
         self.make = lambda: Builder(config, run_name).learner()
         self.batches = BatchStream(shards, config.learner.prefetch)
+        self.give_back = self.batches.give_back if config.replay.priority_exponent > 0 else None
 
     @made_at_first_use
     def learner(self) -> Learner:
         return self.make()
 
-    def restore(self, arrays: Any, state: dict[str, Any], min_version: int) -> None:
-        self.learner.restore(arrays, state, min_version)
+    def begin(self, arrays: Any, state: dict[str, Any] | None, min_version: int) -> None:
+        self.learner.begin(arrays, state, min_version)
 
     def start_from(self, weights: np.ndarray, num_steps: int, version: int) -> None:
         self.learner.start_from(weights, num_steps, version)
@@ -102,11 +131,42 @@ class LearnerWorker:
         return self.learner.weights()
 
     def train(self, seconds: float) -> tuple[LearnerReport, np.ndarray]:
-        report = self.learner.learn(self.batches.until(time.monotonic() + seconds))
+        report = self.learner.learn(self.batches.until(time.monotonic() + seconds), self.give_back)
         return report, self.learner.weights()[1]
 
     def state(self) -> tuple[Any, np.ndarray]:
         return self.learner.state(), self.learner.weights()[1]
+
+
+@ray.remote(num_cpus=0)
+class ReanalyserWorker:
+    def __init__(self, config: Config, run_name: str, index: int, shards: list[Any]):
+        self.make = lambda: Builder(config, run_name).reanalyser(index)
+        self.shards = shards
+
+    @made_at_first_use
+    def reanalyser(self) -> Reanalyser:
+        return self.make()
+
+    def work(self, version: int, weights: np.ndarray, seconds: float) -> ReanalyseReport:
+        self.reanalyser.set_weights(version, weights)
+        deadline = time.monotonic() + seconds
+        return self.reanalyser.work(self.take, self.put, lambda: time.monotonic() >= deadline, time.sleep)
+
+    def take(self, shard: int, max_transitions: int) -> list[StoredEpisode]:
+        call = self.shards[shard].take_for_reanalyse.remote(max_transitions, self.reanalyser.version)
+        return answer_or(call, [])
+
+    def put(self, shard: int, targets: list[Targets]) -> int:
+        return answer_or(self.shards[shard].update_targets.remote(targets), 0)
+
+
+def answer_or(call: Any, otherwise: Any) -> Any:
+    """A shard's answer; `otherwise` while it is lost: what it would have got is asked for again."""
+    try:
+        return ray.get(call, timeout=INSERT_TIMEOUT_SECONDS)
+    except (RayActorError, GetTimeoutError):
+        return otherwise
 
 
 @ray.remote(num_cpus=0)
@@ -154,6 +214,7 @@ class BatchStream:
         self._calls: dict[Any, tuple[int, float]] = {}  # call -> its shard, and when it is given up
         self._wake = [0.0] * len(shards)  # when a resting shard is asked again
         self._ready: list[Batch] = []
+        self._given_back: deque[Any] = deque()
 
     def until(self, deadline: float) -> Iterator[Batch]:
         """Batches as they come, until `deadline` (monotonic seconds)."""
@@ -170,6 +231,12 @@ class BatchStream:
             done, _ = ray.wait(list(self._calls), timeout=timeout)
             for call in done:
                 self._take(call)
+
+    def give_back(self, shard: int, update: Priorities) -> None:
+        """Sends priorities on their way. Where a shard lags behind, the learner waits for it, but not for long."""
+        self._given_back.append(self._shards[shard].update_priorities.remote(update))
+        if len(self._given_back) > MAX_UPDATES_IN_FLIGHT:
+            ray.wait([self._given_back.popleft()], timeout=LOST_REST_SECONDS)
 
     def _ask(self) -> None:
         now = time.monotonic()

@@ -1,4 +1,8 @@
-"""What an episode must be before a shard takes it. Every reason is a fixed word, fit for a metric's label."""
+"""What an episode must be before a shard takes it. Every reason is a fixed word, fit for a metric's label.
+
+Nothing here trusts what came: whatever it is, the answer is a RejectedEpisode, no other exception, and takes no more
+memory than the episode itself.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +15,70 @@ from distributed_muzero.errors import RejectedEpisode
 from distributed_muzero.types import Episode
 
 POLICY_TOLERANCE = 1e-3
+MAX_ID_LENGTH = 256
+# Of observations, rewards and values: their sums and squares must stay finite in float32.
+MAX_MAGNITUDE = 1e15
 
 
 def validate(episode: Episode, spec: EnvironmentSpec, max_steps: int) -> None:
     """Raises RejectedEpisode(reason, detail) for the first rule that the episode breaks."""
-    num_steps = len(episode.actions)
-    if not episode.episode_id or len(episode.episode_id) > 256:
+    validate_id(episode)
+    _check_fields(episode)
+    num_steps = _checked_length(episode, max_steps)
+    if episode.terminated == episode.truncated:
         raise RejectedEpisode(
-            "id", f"an id of 1 to 256 characters is needed, got {episode.episode_id[:40]!r}…"
+            "ending", f"terminated {episode.terminated}, truncated {episode.truncated}: one must hold"
         )
+    _check_arrays(episode, spec, num_steps)
+    _check_numbers(episode)
+    _check_game(episode, num_steps)
+
+
+def validate_id(episode: Episode) -> None:
+    """Raises RejectedEpisode unless it is an episode whose id can be looked up and stored."""
+    if not isinstance(episode, Episode):
+        raise RejectedEpisode("type", f"an episode is expected, got {type(episode).__name__}")
+    _check_name("id", episode.episode_id)
+
+
+def _check_name(reason: str, name: Any) -> None:
+    if not isinstance(name, str):
+        raise RejectedEpisode("type", f"the {reason} must be text, got {type(name).__name__}")
+    if not name or len(name) > MAX_ID_LENGTH:
+        raise RejectedEpisode(
+            reason, f"1 to {MAX_ID_LENGTH} characters are needed, got {len(name)}: {name[:40]!r}"
+        )
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise RejectedEpisode(reason, f"{name[:40]!r} can't be written as UTF-8")
+
+
+def _check_fields(episode: Episode) -> None:
+    _check_name("environment", episode.environment_id)
+    for name in ("seed", "weights_version"):
+        number = getattr(episode, name)
+        if isinstance(number, bool) or not isinstance(number, int | np.integer):
+            raise RejectedEpisode("type", f"{name} must be an integer, got {type(number).__name__}")
+        if not 0 <= number < 2**63:
+            raise RejectedEpisode("number", f"{name} must be 0 or more, and fit 64 bits")
+    for name in ("terminated", "truncated"):
+        if not isinstance(getattr(episode, name), bool | np.bool_):
+            found = type(getattr(episode, name)).__name__
+            raise RejectedEpisode("type", f"{name} must be True or False, got {found}")
+
+
+def _checked_length(episode: Episode, max_steps: int) -> int:
+    if type(episode.actions) is not np.ndarray:
+        raise RejectedEpisode("type", f"actions must be an array, got {type(episode.actions).__name__}")
+    if episode.actions.ndim != 1:
+        raise RejectedEpisode("shape", f"actions is {episode.actions.shape}, expected (steps,)")
+    num_steps = len(episode.actions)
     if num_steps == 0 or num_steps > max_steps:
         raise RejectedEpisode(
             "length",
             f"1 to {max_steps} steps are expected, got {num_steps}; raise replay.max_transitions or max_bytes, "
             "or lower environment.max_episode_steps",
         )
-    if episode.terminated == episode.truncated:
-        raise RejectedEpisode(
-            "ending", f"terminated {episode.terminated}, truncated {episode.truncated}: one must hold"
-        )
-    _check_arrays(episode, spec, num_steps)
-    _check_numbers(episode, num_steps)
+    return num_steps
 
 
 def _check_arrays(episode: Episode, spec: EnvironmentSpec, num_steps: int) -> None:
@@ -46,17 +93,30 @@ def _check_arrays(episode: Episode, spec: EnvironmentSpec, num_steps: int) -> No
     }
     for name, (shape, dtype) in expected.items():
         array = getattr(episode, name)
+        # Subclasses, such as masked arrays, have rules of their own.
+        if type(array) is not np.ndarray:
+            raise RejectedEpisode("type", f"{name} must be an array, got {type(array).__name__}")
         if array.shape != shape:
             raise RejectedEpisode("shape", f"{name} is {array.shape}, expected {shape}")
         if array.dtype != np.dtype(dtype):
             raise RejectedEpisode("dtype", f"{name} is {array.dtype}, expected {np.dtype(dtype)}")
 
 
-def _check_numbers(episode: Episode, num_steps: int) -> None:
+def _check_numbers(episode: Episode) -> None:
     for name in ("observations", "rewards", "policies", "root_values"):
-        if not np.isfinite(getattr(episode, name)).all():
+        array = getattr(episode, name)
+        # NaN makes both of them NaN.
+        low, high = array.min(initial=0), array.max(initial=0)
+        if not (np.isfinite(low) and np.isfinite(high)):
             raise RejectedEpisode("not_finite", f"{name} holds NaN or Inf")
+        if array.dtype.kind == "f" and max(-low, high) > MAX_MAGNITUDE:
+            raise RejectedEpisode("too_large", f"{name} goes beyond ±{MAX_MAGNITUDE:g}")
+
+
+def _check_game(episode: Episode, num_steps: int) -> None:
     actions, legal = episode.actions, episode.legal_masks
+    if (legal.view(np.uint8) > 1).any():
+        raise RejectedEpisode("legal_mask", "a byte of legal_masks is neither 0 nor 1")
     if ((actions < 0) | (actions >= legal.shape[1])).any():
         raise RejectedEpisode("action", f"an action lies outside 0…{legal.shape[1] - 1}")
     if not legal[np.arange(num_steps), actions].all():

@@ -11,12 +11,14 @@ import numpy as np
 
 from distributed_muzero import checkpoint
 from distributed_muzero.config import Config
+from distributed_muzero.errors import RunError
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.observability.recorder import Recorder
 from distributed_muzero.run_folder import RunFolder
 from distributed_muzero.workers.run_state import ActorReport, RunState
 
 TICK_SECONDS = 1.0
+INCARNATIONS_A_LAUNCH = 10**6
 
 
 class Bookkeeper:
@@ -28,7 +30,9 @@ class Bookkeeper:
         folder: RunFolder,
         progress: Progress,
         clock: Callable[[], float] = time.monotonic,
+        launch: int = 0,
     ):
+        """launch: how often the run was started before; from 1 on, counts go on where they stood."""
         self.config = config
         self.folder = folder
         self.progress = progress
@@ -40,7 +44,39 @@ class Bookkeeper:
         self._evaluated_step = 0
         self._best_return = -np.inf
         self._shown_rejections: set[str] = set()
+        self.launch = launch
         self._last_stand: tuple[Sequence[Mapping[str, float]], int, int, int] = ((), 0, 0, 0)
+
+        if launch:
+            self._go_on()
+
+    @property
+    def first_version(self) -> int:
+        """Of the weights that this launch begins with: a version is never given to two sets of weights."""
+        return self.state.learner.weights_version + 1 if self.launch else 0
+
+    @property
+    def first_incarnation(self) -> int:
+        """Of this launch's actors: ids that they give are never given again."""
+        return self.launch * INCARNATIONS_A_LAUNCH
+
+    def _go_on(self) -> None:
+        """Takes the counts of earlier launches: of the last second where that can be read."""
+        saved = checkpoint.latest_checkpoint(self.folder.checkpoints)
+        known: list[Mapping[str, Any]] = [saved.state] if saved else []
+        try:
+            known.append(self.folder.read_status() or {})
+        except RunError as error:
+            self.progress.message(str(error))
+        env_steps, episodes, version = (
+            max((counts.get(name, 0) for counts in known), default=0)
+            for name in ("env_steps", "episodes", "weights_version")
+        )
+        self._evaluated_step = saved.step if saved else 0
+        self.state.restore(env_steps, episodes, self._evaluated_step, version)
+        best = checkpoint.best_checkpoint(self.folder.checkpoints)
+        if best is not None:
+            self._best_return = best.mean_return
 
     def add_actor_report(self, report: ActorReport) -> None:
         """Counts what an actor did. A refusal is shown once for each kind of it."""
@@ -57,12 +93,14 @@ class Bookkeeper:
         num_desired: int,
         num_actors: int,
         num_restarts: int = 0,
-    ) -> None:
-        """Takes how the run stands; once a second, records the metrics and shows them."""
+    ) -> bool:
+        """Takes how the run stands; once a second, records the metrics, shows them, and returns True."""
         self._last_stand = (shards, num_desired, num_actors, num_restarts)
-        if self._clock() >= self._next_tick:
+        is_due = self._clock() >= self._next_tick
+        if is_due:
             self._next_tick = self._clock() + TICK_SECONDS
             self.write_status("running", self._record())
+        return is_due
 
     def _record(self) -> dict[str, float]:
         shards, desired, live, restarts = self._last_stand
@@ -84,7 +122,16 @@ class Bookkeeper:
         step = int(state["learner_steps"])
         self._last_evaluation, self._evaluated_step = self._clock(), step
         path = checkpoint.write_checkpoint(
-            self.folder.checkpoints, step, arrays, {**state, "env_steps": self.state.env_steps}
+            self.folder.checkpoints,
+            step,
+            arrays,
+            {
+                **state,
+                "env_steps": self.state.env_steps,
+                "episodes": self.state.episodes,
+                "shards": list(self._last_stand[0]),
+                "config": self.config.model_dump(mode="json"),
+            },
         )
         checkpoint.prune_checkpoints(self.folder.checkpoints, self.config.learner.keep_checkpoints)
         return path

@@ -5,9 +5,8 @@ Only the parts with networks import torch, when they are made: a replay shard's 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from distributed_muzero.config import Config
 from distributed_muzero.environments.base import Environment
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from distributed_muzero.workers.actor import Actor
     from distributed_muzero.workers.evaluator import Evaluator
     from distributed_muzero.workers.learner import Learner
+    from distributed_muzero.workers.reanalyser import Reanalyser
 
 
 class Builder:
@@ -50,18 +50,24 @@ class Builder:
 
         return Learner(self.networks(), self.config.learner)
 
+    def reanalyser(self, index: int) -> Reanalyser:
+        from distributed_muzero.workers.reanalyser import Reanalyser
+
+        return Reanalyser(self.networks(), self.config, self.spec, index)
+
+    def reanalysers(self) -> list[Reanalyser]:
+        """All that the config asks for: none where nothing is searched anew."""
+        return [self.reanalyser(index) for index in range(num_reanalysers(self.config))]
+
     def evaluator(self) -> Evaluator:
         from distributed_muzero.workers.evaluator import Evaluator
 
         return Evaluator(self.environment, self.networks(), self.config)
 
-    def replay_shard(self, index: int) -> ReplayShard:
-        config = self.config
-        return ReplayShard(
-            self.spec,
-            config.replay,
-            config.algorithm,
-            config.environment.history_length,
-            config.learner.batch_size,
-            seed=int(np.random.SeedSequence([config.run.seed, index]).generate_state(1)[0]),
-        )
+    def replay_shard(self, index: int, folder: Path) -> ReplayShard:
+        """The shard, from what lies under the run's replay `folder`."""
+        return ReplayShard(self.spec, self.config, index, folder / f"shard_{index}")
+
+
+def num_reanalysers(config: Config) -> int:
+    return config.reanalyse.num_workers if config.reanalyse.ratio > 0 else 0

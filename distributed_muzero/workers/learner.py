@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from distributed_muzero.config import LearnerConfig
 from distributed_muzero.errors import CheckpointError, ConfigError, NonFiniteError
 from distributed_muzero.networks.base import Networks
 from distributed_muzero.networks.flat import FlatWeights
+from distributed_muzero.replay.schema import Priorities
 from distributed_muzero.types import Batch
 from distributed_muzero.workers.run_state import LearnerReport
 
@@ -72,6 +73,7 @@ class Learner:
                 f"learner step {self.num_steps}, run.seed in the run's config: {error}"
             ) from None
         self.num_steps += 1
+        self._value_errors = losses.value_errors
         # A young average would hold on to the random start: its memory grows with the number of steps.
         decay = min(self.config.average_decay, self.num_steps / (self.num_steps + 10))
         self.average.lerp_(self.flat.read(), 1 - decay)
@@ -87,12 +89,25 @@ class Learner:
             "train/staleness": float(self.version - batch.weights_versions.mean()),
         }
 
-    def learn(self, batches: Iterable[Batch]) -> LearnerReport:
-        """Steps on the batches until the next weights version is due, or there are no more."""
+    def priorities(self, batch: Batch) -> Priorities:
+        """Of the batch that was learnt from last: how wrong the value of each of its rows was."""
+        versions = np.full(len(batch.positions), self.version)
+        steps = batch.positions[:, 1].astype(np.int32)
+        return Priorities(batch.positions[:, 0], steps, self._value_errors.cpu().numpy(), versions)
+
+    def learn(
+        self, batches: Iterable[Batch], give_back: Callable[[int, Priorities], None] | None = None
+    ) -> LearnerReport:
+        """Steps on the batches until the next weights version is due, or there are no more.
+
+        give_back: gets the shard of each batch and the new priorities of its rows.
+        """
         version, first_step = self.version, self.num_steps
         sums: Counter[str] = Counter()
         for batch in batches:
             sums.update(self.step(batch))
+            if give_back is not None:
+                give_back(batch.shard, self.priorities(batch))
             if self.version > version:
                 break
         steps = self.num_steps - first_step
@@ -129,14 +144,20 @@ class Learner:
             "learner_config": self.config.model_dump(mode="json"),
         }
 
+    def begin(self, arrays: Arrays | None, state: Mapping[str, Any] | None, min_version: int) -> None:
+        """Goes on from a checkpoint, or anew without one; the version starts at `min_version` or later."""
+        if arrays is not None and state is not None:
+            self.restore(arrays, state)
+        self.version = max(self.version, min_version)
+
     def start_from(self, weights: np.ndarray, num_steps: int, version: int) -> None:
         """Goes on from published weights where no checkpoint was written yet; the optimizer starts anew."""
         self.flat.write(weights)
         self.average = self.flat.read()
         self.num_steps, self.version = num_steps, version
 
-    def restore(self, arrays: Arrays, state: Mapping[str, Any], min_version: int = 0) -> None:
-        """Goes on from what `state()` gave. The version starts at `min_version` or later, so it never goes back.
+    def restore(self, arrays: Arrays, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state()` gave.
 
         Files and keys of others are passed over. What a checkpoint of format 1 doesn't hold (generators, other
         buffers) stays as it is in a new learner. Raises CheckpointError, and changes nothing, when the arrays aren't
@@ -157,7 +178,7 @@ class Learner:
             for name, buffer in self._other_buffers().items():
                 buffer.copy_(torch.from_numpy(arrays["buffers"][name].copy()))
         self.num_steps = int(state["learner_steps"])
-        self.version = max(int(state["weights_version"]), min_version)
+        self.version = int(state["weights_version"])
         self._tell_what_changed(state.get("learner_config", {}))
         self._set_generators(arrays.get("generators", {}))
 

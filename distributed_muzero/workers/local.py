@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from distributed_muzero import checkpoint
 from distributed_muzero.config import Config
 from distributed_muzero.types import Batch, Episode
 from distributed_muzero.workers.bookkeeper import Bookkeeper
@@ -11,7 +12,9 @@ from distributed_muzero.workers.builder import Builder
 from distributed_muzero.workers.evaluator import Evaluator
 from distributed_muzero.workers.learner import Learner
 from distributed_muzero.workers.outbox import Outbox
+from distributed_muzero.workers.reanalyser import Reanalyser
 from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
+from distributed_muzero.workers.run_state import ReanalyseReport
 
 MAX_LEARNER_STEPS_A_TURN = 32
 
@@ -19,21 +22,35 @@ MAX_LEARNER_STEPS_A_TURN = 32
 def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Callable[[], bool]) -> str:
     """Runs the loop until a limit of `config.run` or a request to stop; returns the reason in words."""
     builder = Builder(config, run_name)
-    shards = [builder.replay_shard(index) for index in range(config.replay.num_shards)]
+    shards = [builder.replay_shard(index, book.folder.replay) for index in range(config.replay.num_shards)]
     learner, evaluator = builder.learner(), builder.evaluator()
-    actors = [builder.actor(index, 0) for index in range(config.actor.num_actors)]
+    saved = checkpoint.latest_checkpoint(book.folder.checkpoints)
+    learner.begin(saved and saved.tensors, saved and saved.state, book.first_version)
+    actors = [builder.actor(index, book.first_incarnation) for index in range(config.actor.num_actors)]
 
     def insert(offers: dict[int, list[Episode]]) -> dict[int, list[InsertReply]]:
         return {index: shards[index].insert(episodes) for index, episodes in offers.items()}
 
+    reanalysers = builder.reanalysers()
+    give_back = (
+        (lambda shard, update: shards[shard].update_priorities(update))
+        if config.replay.priority_exponent > 0
+        else None
+    )
     outboxes = [Outbox(insert, len(shards), config.actor.max_unacknowledged) for _ in actors]
     try:
         while True:
             for actor, outbox in zip(actors, outboxes, strict=True):
                 actor.set_weights(*learner.weights(), learner.num_steps)
                 book.add_actor_report(actor.play(outbox, iter((False, True)).__next__, no_sleep))
-            book.state.add_learner_report(learner.learn(ready_batches(shards)))
-            book.tick([shard.stats() for shard in shards], num_desired=len(actors), num_actors=len(actors))
+            for reanalyser in reanalysers:
+                reanalyser.set_weights(*learner.weights())
+                book.state.add_reanalyse_report(reanalyse(reanalyser, shards))
+            book.state.add_learner_report(learner.learn(ready_batches(shards), give_back))
+            stats = [shard.stats() for shard in shards]
+            if book.tick(stats, num_desired=len(actors), num_actors=len(actors)):
+                for shard in shards:
+                    shard.flush()
             reason = book.state.stop_reason() or ("a stop was asked for" if stop_requested() else None)
             if book.evaluation_is_due(learner.num_steps) or (reason and learner.num_steps):
                 evaluate(learner, evaluator, book)
@@ -41,9 +58,21 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
             if reason:
                 return reason
     finally:
+        for shard in shards:
+            shard.close()
         for actor in actors:
             actor.close()
         evaluator.close()
+
+
+def reanalyse(reanalyser: Reanalyser, shards: list[ReplayShard]) -> ReanalyseReport:
+    """One turn: about a batch from every shard that may give one."""
+    return reanalyser.work(
+        lambda shard, number: shards[shard].take_for_reanalyse(number, reanalyser.version),
+        lambda shard, targets: shards[shard].update_targets(targets),
+        iter([False] * len(shards) + [True]).__next__,
+        no_sleep,
+    )
 
 
 def ready_batches(shards: list[ReplayShard]) -> Iterator[Batch]:

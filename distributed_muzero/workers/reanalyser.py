@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from distributed_muzero.networks.flat import FlatWeights
 from distributed_muzero.networks.inference import SearchModel, make_search_model
 from distributed_muzero.networks.torch_inference import TorchInference
 from distributed_muzero.replay.schema import StoredEpisode, Targets
+from distributed_muzero.workers.run_state import ReanalyseReport
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = (
     0.005,
@@ -26,18 +26,6 @@ GENERATOR_STREAM = 2**20  # keeps its generators apart from every actor's
 
 Take = Callable[[int, int], list[StoredEpisode]]  # take(shard, max_transitions)
 Put = Callable[[int, list[Targets]], int]  # put(shard, targets) -> how many episodes took them
-
-
-@dataclass
-class ReanalyseReport:
-    """What a reanalyser did since its last report."""
-
-    positions: int = 0  # searched
-    simulations: int = 0
-    episodes: int = 0  # refreshed
-    updated: int = (
-        0  # of them, those whose shard took the answer; the others were evicted or had newer targets
-    )
 
 
 class Reanalyser:

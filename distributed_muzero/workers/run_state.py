@@ -36,16 +36,27 @@ class LearnerReport:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass
+class ReanalyseReport:
+    """What a reanalyser did since its last report."""
+
+    positions: int = 0  # searched
+    simulations: int = 0
+    episodes: int = 0  # refreshed
+    updated: int = 0  # of them, those whose shard took the answer
+
+
 class RunState:
     def __init__(self, config: RunConfig, clock: Callable[[], float]):
         self.config = config
         self._clock = clock
         self._began = self._last_time = clock()
-        self._last_counts = (0, 0, 0)
+        self._last_counts = (0, 0, 0, 0)
         self._returns: deque[float] = deque(maxlen=RETURNS_WINDOW)
         self._lengths: deque[int] = deque(maxlen=RETURNS_WINDOW)
         self.env_steps = 0
         self.simulations = 0
+        self.refreshed = 0
         self.episodes = 0
         self.learner = LearnerReport()
         self.evaluation: dict[str, Any] | None = None
@@ -60,6 +71,16 @@ class RunState:
         self.episodes += len(report.returns)
         self._returns.extend(report.returns)
         self._lengths.extend(report.lengths)
+
+    def add_reanalyse_report(self, report: ReanalyseReport) -> None:
+        self.refreshed += report.positions
+        self.simulations += report.simulations
+
+    def restore(self, env_steps: int, episodes: int, learner_steps: int, weights_version: int) -> None:
+        """Goes on counting where an earlier launch of the run stood."""
+        self.env_steps, self.episodes = env_steps, episodes
+        self.learner = LearnerReport(learner_steps, weights_version)
+        self._last_counts = (env_steps, 0, learner_steps, 0)
 
     def add_learner_report(self, report: LearnerReport) -> None:
         # A learner that could not step has nothing new to say of its losses.
@@ -91,9 +112,9 @@ class RunState:
     def metrics(self, shards: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """All of the run's metrics under their public names; rates are over the time since the last call."""
         now = self._clock()
-        counts = (self.env_steps, self.simulations, self.learner.learner_steps)
+        counts = (self.env_steps, self.simulations, self.learner.learner_steps, self.refreshed)
         interval = max(now - self._last_time, 1e-9)
-        env_rate, simulation_rate, learner_rate = (
+        env_rate, simulation_rate, learner_rate, refresh_rate = (
             (count - last) / interval for count, last in zip(counts, self._last_counts, strict=True)
         )
         self._last_time, self._last_counts = now, counts
@@ -105,6 +126,8 @@ class RunState:
             "search/simulations_per_second": simulation_rate,
             "train/learner_steps": self.learner.learner_steps,
             "train/learner_steps_per_second": learner_rate,
+            "reanalyse/positions": self.refreshed,
+            "reanalyse/positions_per_second": refresh_rate,
             "weights/version": self.learner.weights_version,
             **self.learner.metrics,
             **replay_metrics(shards),
@@ -128,5 +151,10 @@ def replay_metrics(shards: Sequence[Mapping[str, float]]) -> dict[str, float]:
         "replay/episodes": total["episodes"],
         "replay/evicted_transitions": total["evicted_transitions"],
         "replay/rejected_episodes": total["rejected_episodes"],
+        "replay/duplicates": total["duplicates"],
+        "replay/ignored_priorities": total["ignored_priorities"],
+        "replay/log_bytes": total["log_bytes"],
+        "replay/log_failures": total["log_failures"],
+        "replay/corrupt_records": total["corrupt_records"],
         "replay/samples_per_insert": total["sampled_rows"] / max(total["inserted_transitions"], 1),
     }

@@ -35,7 +35,7 @@ def test_equals_a_simple_list(lengths, capacity, data):
         episode = make_episode(length, seed=number, name=str(number), version=number)
         starts = data.draw(st.integers(1, length))
         returns = np.arange(length + 1) + 100.0 * number
-        ring.add(episode, returns, starts)
+        ring.add(number, episode, returns, starts)
         model.add(episode)
         all_starts[number] = starts
 
@@ -74,7 +74,7 @@ def test_equals_a_simple_list(lengths, capacity, data):
 def test_every_valid_start_is_drawn_equally_often():
     ring = EpisodeRing(SPEC, 30, 2**30)
     for number, length in enumerate((9, 9, 9, 5)):  # the last one wraps and drops the first
-        ring.add(make_episode(length, seed=number), np.zeros(length + 1), length)
+        ring.add(number, make_episode(length, seed=number), np.zeros(length + 1), length)
     rows, counts = np.unique(ring.sample_rows(230_000, np.random.default_rng(0)), return_counts=True)
     assert len(rows) == 9 + 9 + 5
     np.testing.assert_allclose(counts, 10_000, rtol=0.05)
@@ -85,20 +85,20 @@ def test_every_valid_start_is_drawn_equally_often():
 def test_both_budgets_hold_at_every_moment(lengths, transitions):
     max_bytes = 45 * row_bytes(SPEC) + 7
     ring = EpisodeRing(SPEC, transitions, max_bytes)
-    held = [ring._starts, *ring.columns]
+    held = [ring._starts, ring.root_values, ring.to_play, *ring.columns]
     assert sum(column.nbytes for column in held) <= max_bytes  # nothing is allocated later
     for number, length in enumerate(lengths):
-        ring.add(make_episode(length, seed=number), np.zeros(length + 1), length)
+        ring.add(number, make_episode(length, seed=number), np.zeros(length + 1), length)
         assert ring.num_transitions <= transitions and ring.num_bytes <= max_bytes
 
 
 def test_row_bytes_is_what_the_columns_take():
     ring = EpisodeRing(SPEC, 100, 2**30)
-    assert sum(column.nbytes for column in (ring._starts, *ring.columns)) == 100 * row_bytes(SPEC)
+    assert sum(column.nbytes for column in (ring._starts, ring.root_values, ring.to_play, *ring.columns)) == 100 * row_bytes(SPEC)
 
 
 def test_an_episode_as_long_as_the_ring_replaces_everything():
     ring = EpisodeRing(SPEC, 10, 2**30)
     for number, length in enumerate((3, 3, 9, 9)):
-        ring.add(make_episode(length, seed=number), np.zeros(length + 1), length)
+        ring.add(number, make_episode(length, seed=number), np.zeros(length + 1), length)
     assert (ring.num_episodes, ring.num_evicted_episodes, ring.num_transitions) == (1, 3, 9)
