@@ -1,0 +1,242 @@
+"""What producers of episodes were told, against what the shards hold: the history checker, as Jepsen does it.
+
+A producer's history is a file of JSON lines. `invoke` is written before an offer leaves; then `ok` (acknowledged),
+`fail` (refused for good), `unknown` (no answer), or nothing (to be offered again):
+
+    {"event": "invoke", "id": "run/0/0/1", "hash": "sha256 of the episode", "time": 12.5}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from distributed_muzero.config import AlgorithmConfig, ReplayConfig
+from distributed_muzero.environments.base import EnvironmentSpec
+from distributed_muzero.replay import log, schema
+from distributed_muzero.replay.schema import Kind, StoredEpisode
+from distributed_muzero.replay.store import EpisodeStore
+from distributed_muzero.types import Episode
+from distributed_muzero.workers.outbox import Insert
+from distributed_muzero.workers.replay_shard import InsertReply
+
+Event = Literal["invoke", "ok", "fail", "unknown"]
+MAX_EXAMPLES = 10
+
+
+class Verdict(NamedTuple):
+    """Numbers of episodes. All is well if `lost`, `duplicates`, `changed` and `uninvited` are 0."""
+
+    acknowledged: int
+    stored: int  # a restarted shard holds them
+    evicted: int  # it remembers that it held them
+    lost: int  # acknowledged, yet neither stored nor evicted
+    duplicates: int  # copies beyond the first, in the logs or in a restarted shard
+    changed: int  # stored with another content than was offered
+    uninvited: int  # stored, yet never offered
+    unknown: int  # offered, and never answered for good
+    examples: tuple[str, ...] = ()  # what is wrong, for the first few
+
+    @property
+    def is_good(self) -> bool:
+        return not (self.lost or self.duplicates or self.changed or self.uninvited)
+
+
+def content_hash(episode: Episode) -> str:
+    """sha256 over the names and contents of all fields; arrays with dtype and shape."""
+    digest = hashlib.sha256()
+    for field, value in zip(fields(episode), _values(episode), strict=True):
+        if isinstance(value, np.ndarray):
+            digest.update(f"{field.name} {value.dtype.str} {value.shape} ".encode())
+            digest.update(np.ascontiguousarray(value).tobytes())
+        else:
+            digest.update(f"{field.name} {value!r} ".encode(errors="backslashreplace"))
+    return digest.hexdigest()
+
+
+class History:
+    """Writes one producer's history. A line is with the operating system when the call returns."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic):
+        self._file = path.open("a", encoding="utf-8")
+        self._clock = clock
+
+    def write(self, event: Event, episodes: Iterable[Episode]) -> None:
+        for episode in episodes:
+            line = {"event": event, "id": episode.episode_id, "time": self._clock()}
+            if event == "invoke":
+                line["hash"] = content_hash(episode)
+            self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class RecordedInsert:
+    """An outbox's way to the shards, with its history written to `path`."""
+
+    def __init__(self, insert: Insert, path: Path):
+        self._insert = insert
+        self._history = History(path)
+
+    def __call__(self, offers: dict[int, list[Episode]]) -> dict[int, list[InsertReply]]:
+        for episodes in offers.values():
+            self._history.write("invoke", episodes)
+        replies = self._insert(offers)
+        for shard, episodes in offers.items():
+            if shard not in replies:
+                self._history.write("unknown", episodes)
+                continue
+            for episode, reply in zip(episodes, replies[shard], strict=False):
+                if reply.status in ("stored", "duplicate"):
+                    self._history.write("ok", [episode])
+                elif reply.status == "rejected":
+                    self._history.write("fail", [episode])
+        return replies
+
+    def close(self) -> None:
+        self._history.close()
+
+
+def check(
+    histories: Sequence[Path], shard_folders: Sequence[Path], damaged: Set[str] = frozenset()
+) -> Verdict:
+    """Compares what was acknowledged with what a restart of the shards would find.
+
+    shard_folders: with `episodes/` and `journal/`; they are copied, and only read.
+    damaged: ids of episodes whose record was damaged on purpose; they may be missing.
+    Raises LogError for a folder that can't be recovered.
+    """
+    invoked, acknowledged, failed = _read_histories(histories)
+    found = Findings(invoked.keys())
+    for folder in shard_folders:
+        found.read(folder)
+    lost = [
+        name for name in acknowledged if name not in found.held and name not in found.evicted | set(damaged)
+    ]
+    duplicates = sum(count - 1 for count in found.copies.values() if count > 1)
+    uninvited = found.hashes.keys() - invoked.keys()
+    changed = [
+        name
+        for name, hashes in found.hashes.items()
+        if name in invoked and (hashes != {invoked[name]} or name in found.changed)
+    ]
+    examples = [f"{name} is lost" for name in lost]
+    examples += [f"{name} is stored {count} times" for name, count in found.copies.items() if count > 1]
+    examples += [f"{name} was changed" for name in changed]
+    examples += [f"{name} was never offered" for name in uninvited]
+    return Verdict(
+        acknowledged=len(acknowledged),
+        stored=len(found.held),
+        evicted=len(found.evicted),
+        lost=len(lost),
+        duplicates=duplicates,
+        changed=len(changed),
+        uninvited=len(uninvited),
+        unknown=len(invoked.keys() - acknowledged - failed),
+        examples=tuple(examples[:MAX_EXAMPLES]),
+    )
+
+
+class Findings:
+    """What lies in the shards' folders, by episode id."""
+
+    def __init__(self, offered: Set[str]) -> None:
+        self.offered = offered
+        self.hashes: dict[str, set[str]] = {}  # of every record
+        self.copies: Counter[str] = Counter()  # records, or what a restarted shard holds if that is more
+        self.held: set[str] = set()
+        self.evicted: set[str] = set()
+        self.changed: set[str] = set()  # held otherwise than its record says
+
+    def read(self, folder: Path) -> None:
+        """Adds a shard's folder."""
+        with tempfile.TemporaryDirectory() as temporary:
+            copy = Path(temporary) / "shard"
+            shutil.copytree(folder, copy)
+            records = read_episodes(copy)
+            copies = Counter(item.episode.episode_id for item in records)
+            for item in records:
+                self.hashes.setdefault(item.episode.episode_id, set()).add(content_hash(item.episode))
+            if records:
+                self._recover(copy, records, copies)
+            self.copies.update(copies)
+
+    def _recover(self, folder: Path, records: list[StoredEpisode], copies: Counter[str]) -> None:
+        first_stored = {item.key: item.episode for item in records}
+        with _recovered(folder, records) as store:
+            held = [store.ring.episode(entry) for entry in store.ring]
+            keys = [entry.key for entry in store.ring]
+            in_ring = Counter(episode.episode_id for episode in held)
+            self.held |= in_ring.keys()
+            known = {name for name in self.offered if store.knows(name)}
+        # An episode younger than the oldest that is held can't have been evicted for want of room.
+        young = {item.episode.episode_id for item in records if item.key >= min(keys, default=0)}
+        self.evicted |= known - young - in_ring.keys()
+        for name, count in in_ring.items():
+            copies[name] = max(copies[name], count)
+        for key, episode in zip(keys, held, strict=True):
+            first = first_stored[key]
+            untouched = replace(episode, policies=first.policies, root_values=first.root_values)
+            if content_hash(untouched) != content_hash(first):
+                self.changed.add(episode.episode_id)
+
+
+def read_episodes(folder: Path) -> list[StoredEpisode]:
+    """All episodes of a shard's log as first stored, in the order of writing; evicted ones too."""
+    records = log.read(folder / "episodes")
+    return [
+        item
+        for record in records
+        if record.kind == Kind.EPISODES
+        for item in schema.decode_episodes(record.payload)
+    ]
+
+
+@contextmanager
+def _recovered(folder: Path, records: list[StoredEpisode]) -> Iterator[EpisodeStore]:
+    """A store with room for all records, so that it evicts no more than the shard itself had."""
+    episode = records[0].episode
+    shape, num_actions = episode.observations.shape[1:], episode.policies.shape[1]
+    spec = EnvironmentSpec(episode.environment_id, shape, episode.observations.dtype, (num_actions,))
+    num_rows = sum(item.episode.num_steps + 1 for item in records)
+    config = ReplayConfig(max_transitions=max(num_rows, 2), max_bytes=2**62)
+    store = EpisodeStore(folder, spec, config, AlgorithmConfig())
+    try:
+        store.recover()
+        yield store
+    finally:
+        store.close()
+
+
+def _read_histories(paths: Iterable[Path]) -> tuple[dict[str, str], set[str], set[str]]:
+    """Hashes of offered episodes by id, ids that were acknowledged, ids that were refused."""
+    invoked: dict[str, str] = {}
+    answered: dict[str, set[str]] = {"ok": set(), "fail": set(), "unknown": set()}
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            # The producer may have died in the middle of its last line.
+            if not line.endswith("\n"):
+                continue
+            event = json.loads(line)
+            if event["event"] == "invoke":
+                invoked[event["id"]] = event["hash"]
+            else:
+                answered[event["event"]].add(event["id"])
+    return invoked, answered["ok"], answered["fail"]
+
+
+def _values(episode: Episode) -> tuple:
+    return tuple(getattr(episode, field.name) for field in fields(episode))

@@ -1,0 +1,272 @@
+import shutil
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distributed_muzero.config import AlgorithmConfig, ReplayConfig, make_config
+from distributed_muzero.environments.base import EnvironmentSpec
+from distributed_muzero.errors import LogError
+from distributed_muzero.replay import log as log_module
+from distributed_muzero.replay import store as store_module
+from distributed_muzero.replay.schema import Priorities, Targets
+from distributed_muzero.replay.store import EpisodeStore
+from distributed_muzero.workers.replay_shard import ReplayShard
+from tests.episodes import make_episode
+
+SPEC = EnvironmentSpec("made-up", (64,), np.dtype(np.float32), (3,))
+SMALLEST_SEGMENT = 2**16
+CAPACITY = 300
+
+
+@pytest.fixture(autouse=True)
+def journal_is_written_anew_often(monkeypatch):
+    monkeypatch.setattr(store_module, "MIN_JOURNAL_BYTES", 2**14)
+
+
+def make_shard(folder, exponent=0.6, capacity=CAPACITY):
+    config = make_config(
+        {
+            "algorithm": {"num_unroll_steps": 2, "td_steps": 3},
+            "replay": {
+                "max_transitions": capacity,
+                "min_size_to_sample": 10,
+                "samples_per_insert": 1.0,
+                "error_buffer": 1e6,
+                "priority_exponent": exponent,
+                "segment_bytes": SMALLEST_SEGMENT,
+            },
+            "reanalyse": {"ratio": 0.5},
+            "learner": {"batch_size": 4},
+        }
+    )
+    return ReplayShard(SPEC, config, 0, folder)
+
+
+class Driven:
+    """A shard with a hand that does things to it, and remembers what a kill may not take."""
+
+    def __init__(self, folder, exponent):
+        self.folder, self.exponent = folder, exponent
+        self.shard = make_shard(folder, exponent)
+        self.ids = []
+        self.version = 0
+        self.flushed = {}
+
+    def insert(self, number):
+        rng = np.random.default_rng(len(self.ids))
+        names = [f"run/0/0/{len(self.ids) + i}" for i in range(number)]
+        episodes = [
+            make_episode(int(rng.integers(2, 20)), name=name, seed=int(rng.integers(2**31)), spec=SPEC)
+            for name in names
+        ]
+        assert {reply.status for reply in self.shard.insert(episodes)} == {"stored"}
+        self.ids += names
+
+    def sample(self, number):
+        self.shard.sample_many(number)
+
+    def prioritize(self, number):
+        entries = list(self.shard.ring)[-number:]
+        self.version += 1
+        for entry in entries:
+            steps = np.arange(entry.num_starts, dtype=np.int32)
+            values = np.random.default_rng(self.version + entry.key).random(len(steps)).astype(np.float32)
+            keys, versions = np.full(len(steps), entry.key), np.full(len(steps), self.version)
+            self.shard.update_priorities(Priorities(keys, steps, values, versions))
+
+    def refresh(self, number):
+        self.version += 1
+        targets = []
+        for key, episode in self.shard.take_for_reanalyse(10 * number):
+            values = episode.root_values * np.float32(0.5)
+            targets.append(Targets(key, self.version, episode.policies[:, ::-1].copy(), values))
+        assert self.shard.update_targets(targets) == len(targets)
+
+    def flush(self, number):
+        self.shard.flush()
+        self.flushed = learnt(self.shard)
+
+    def killed(self):
+        """The shard that starts from what a SIGKILL now would leave."""
+        copy = self.folder.with_name(self.folder.name + "_killed")
+        shutil.copytree(self.folder, copy)
+        return make_shard(copy, self.exponent)
+
+
+def learnt(shard):
+    """Targets and priorities of every held episode, by key."""
+    found = {}
+    for entry in shard.ring:
+        episode = shard.ring.episode(entry)
+        found[entry.key] = [episode.policies.tobytes(), episode.root_values.tobytes(), entry.targets_version]
+        if shard.store.sampler.__class__.__name__ == "PrioritizedSampler":
+            sampler = shard.store.sampler
+            found[entry.key] += [sampler.priorities[entry.starts].tobytes()]
+            found[entry.key] += [sampler.versions[entry.starts].tobytes()]
+    return found
+
+
+def played(shard):
+    """What actors said of every held episode, by key, in order."""
+    found = {}
+    for entry in shard.ring:
+        e = shard.ring.episode(entry)
+        arrays = (e.observations, e.legal_masks, e.actions, e.rewards, e.to_play)
+        facts = (e.episode_id, e.environment_id, e.seed, e.weights_version, e.terminated, e.truncated)
+        found[entry.key] = (facts, [(a.dtype, a.shape, a.tobytes()) for a in arrays])
+    return found
+
+
+def same_batch(one, other):
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(one, other, strict=True))
+
+
+OPERATIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["insert", "insert", "insert", "sample", "prioritize", "refresh", "flush"]),
+        st.integers(1, 8),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(operations=OPERATIONS, exponent=st.sampled_from([0.0, 0.6]), flushes=st.booleans())
+def test_a_restarted_shard_is_the_one_that_was_killed(operations, exponent, flushes):
+    with tempfile.TemporaryDirectory() as temporary:
+        driven = Driven(Path(temporary) / "shard", exponent)
+        driven.insert(3)
+        for name, number in [*operations, *([("flush", 1)] if flushes else [])]:
+            getattr(driven, name)(number)
+        with closing(driven.shard) as before, closing(driven.killed()) as after:
+            compare(driven, before, after, exponent, flushes)
+
+
+def compare(driven, before, after, exponent, flushes):
+    held, again = played(before), played(after)
+    # The rows are packed anew, so that a few of the oldest may go, or come back if no state was written since.
+    newest = min(len(held), len(again))
+    num_gone = len(held) - len(again)
+    assert list(held.items())[-newest:] == list(again.items())[-newest:]
+    if before.ring.num_evicted_episodes == 0:
+        assert num_gone == 0
+    elif num_gone > 0:
+        longest = 19 + 1
+        assert after.ring.num_transitions + after.ring.num_episodes > CAPACITY - 2 * longest
+
+    assert after.limiter.state() == before.limiter.state()
+    assert after.inserted_episodes == before.inserted_episodes == len(driven.ids)
+    assert after.ring.num_evicted_episodes == before.ring.num_evicted_episodes + num_gone
+    for ring in (before.ring, after.ring):
+        assert ring.num_transitions + ring.num_evicted_transitions == before.limiter.inserted
+    assert after.rng.bit_generator.state == before.rng.bit_generator.state
+    assert all(after.store.knows(name) for name in driven.ids)
+
+    now, found = learnt(before), learnt(after)
+    for key, content in found.items():
+        if key in driven.flushed:
+            assert content == driven.flushed[key]
+        elif not exponent:
+            # Not flushed since it came: as its actor said.
+            assert content[2] == 0
+    rows_are_the_same = num_gone == 0 and (exponent == 0 or before.ring.num_evicted_episodes == 0)
+    if flushes:
+        assert found == {key: now[key] for key in found}
+        if rows_are_the_same and (one := before.sample()) is not None:
+            assert same_batch(one, after.sample())
+
+
+def test_segments_roll_and_go_and_their_ids_stay_known(tmp_path):
+    driven = Driven(tmp_path / "shard", 0.6)
+    for _ in range(40):
+        driven.insert(5)
+        driven.refresh(2)
+        driven.prioritize(3)
+        driven.sample(1)
+        driven.flush(1)
+    before = driven.shard
+    numbers = [segment.number for segment in before.store.log.segments]
+    assert numbers[0] > 1 and before.store.journal.segments[0].number > 1
+    with closing(before), closing(driven.killed()) as after:
+        # Of the first half, no byte is left but the ids.
+        assert all(after.store.knows(name) for name in driven.ids)
+        compare(driven, before, after, 0.6, True)
+
+
+def test_counters_survive_when_segments_went_since_the_last_batch(tmp_path):
+    driven = Driven(tmp_path / "shard", 0.0)
+    driven.insert(5)
+    driven.sample(1)
+    for _ in range(30):
+        driven.insert(5)
+    assert driven.shard.store.log.segments[0].number > 1
+    with closing(driven.shard), closing(driven.killed()) as after:
+        compare(driven, driven.shard, after, 0.0, False)
+
+
+def test_a_segment_with_episodes_that_wait_for_their_commit_is_not_dropped(tmp_path):
+    with closing(make_shard(tmp_path / "shard", capacity=3000)) as shard:
+        empty = shard.begin([])
+        offers = [
+            shard.begin([make_episode(200, name=f"run/0/{number}", seed=number, spec=SPEC)])
+            for number in range(4)
+        ]
+        shard.commit()
+        assert len(shard.store.log.segments) > 1
+        shard.finish(empty)
+        for offer in offers:
+            shard.finish(offer)
+        shutil.copytree(tmp_path / "shard", tmp_path / "killed")
+    with closing(make_shard(tmp_path / "killed", capacity=3000)) as after:
+        assert [entry.episode_id for entry in after.ring] == [f"run/0/{number}" for number in range(4)]
+
+
+def test_the_folder_stays_bounded(tmp_path):
+    driven = Driven(tmp_path / "shard", 0.6)
+    sizes = []
+    # Episodes of about ten steps: fifty times the capacity.
+    for _ in range(50 * CAPACITY // 100):
+        driven.insert(10)
+        driven.refresh(8)
+        driven.prioritize(8)
+        driven.sample(1)
+        driven.flush(1)
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / "shard").rglob("*") if path.is_file()))
+    with closing(driven.shard) as shard:
+        assert shard.limiter.inserted > 45 * CAPACITY
+        assert sizes[-1] == shard.stats()["log_bytes"]
+    # What is held takes 300 · 285 B; with the segments that hold the last of the oldest and of the newest.
+    assert max(sizes[50:]) < 4 * SMALLEST_SEGMENT + CAPACITY * 285
+    assert max(sizes[100:]) < 1.25 * max(sizes[50:100])
+
+
+def test_another_environment_is_one_clear_error(tmp_path):
+    driven = Driven(tmp_path / "shard", 0.0)
+    driven.insert(1)
+    driven.shard.close()
+    other = EnvironmentSpec("other", (7,), np.dtype(np.uint8), (3,))
+    store = EpisodeStore(tmp_path / "shard", other, ReplayConfig(), AlgorithmConfig())
+    with pytest.raises(LogError, match=r"observations \(64,\) float32 and 3 actions.*\(7,\) uint8"):
+        store.recover()
+    store.close()
+
+
+def test_an_episode_whose_record_is_damaged_is_counted_and_may_come_again(tmp_path):
+    driven = Driven(tmp_path / "shard", 0.0)
+    for _ in range(3):
+        driven.insert(1)
+    driven.shard.close()
+    (segment,) = (tmp_path / "shard/episodes").glob("segment_*.log")
+    payload = bytes(list(log_module.read(segment.parent))[1].payload)
+    segment.write_bytes(segment.read_bytes().replace(payload, payload[:-1] + bytes([payload[-1] ^ 1])))
+    with closing(make_shard(tmp_path / "shard", 0.0)) as shard:
+        assert [entry.episode_id for entry in shard.ring] == ["run/0/0/0", "run/0/0/2"]
+        assert shard.stats()["corrupt_records"] == 1
+        assert not shard.store.knows("run/0/0/1")
+        assert shard.insert([make_episode(4, name="run/0/0/1", spec=SPEC)])[0].status == "stored"
