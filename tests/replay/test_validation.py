@@ -79,7 +79,7 @@ def test_observations_pass_in_the_environments_own_dtype(dtype):
         ("type", replace(GOOD, observations=np.ma.masked_array(GOOD.observations))),
         ("number", replace(GOOD, seed=-1)),
         ("number", replace(GOOD, weights_version=2**63)),
-        ("shape", replace(GOOD, actions=np.int32(1).reshape(()))),
+        ("shape", replace(GOOD, actions=np.zeros((), np.int32))),
         ("too_large", changed("observations", (0, 0), 2e15)),
         ("too_large", changed("rewards", 0, -2e15)),
         ("too_large", changed("root_values", 0, 3e38)),
