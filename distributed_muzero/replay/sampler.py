@@ -8,7 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from distributed_muzero.replay.index import Entry, EpisodeRing
+from distributed_muzero.replay.schema import Priorities
 
+NO_ROWS = np.empty(0, np.int64)
 SMALLEST_PRIORITY = 1e-3  # so that a step that was once predicted well is seen again
 
 
@@ -80,6 +82,13 @@ class PrioritizedSampler:
         self.versions[rows] = versions[fresh]
         self._tree.set(rows, priorities.astype(np.float64) ** self._exponent)
         return len(fresh) - len(rows)
+
+    def all_priorities(self) -> Priorities:
+        """Those of every start position that is held."""
+        rows = np.concatenate([np.arange(e.starts.start, e.starts.stop) for e in self._ring] or [NO_ROWS])
+        columns = self._ring.columns
+        steps = (rows - columns.first_rows[rows]).astype(np.int32)
+        return Priorities(columns.episode_keys[rows], steps, self.priorities[rows], self.versions[rows])
 
     def sample(self, num_rows: int, rng: np.random.Generator) -> Drawn:
         rows, probabilities = self._tree.sample(num_rows, rng)

@@ -143,9 +143,9 @@ class EpisodeStore:
                 self.journal.append(Kind.IDS, schema.encode_ids(self._evicted_ids.get(number, ())))
                 self.journal.append(Kind.STATE, schema.encode_state(self._with_own(state())))
                 self.journal.sync()
+                self.log.drop_oldest()
             except LogError:
                 return  # a full disk; the next episode tries again
-            self.log.drop_oldest()
             self._evicted_ids.pop(number, None)
             self._num_live.pop(number, None)
 
@@ -158,6 +158,10 @@ class EpisodeStore:
         """Takes newer policies and values of an episode; False if it is gone or has newer ones already."""
         entry = self.ring.get(targets.key)
         if entry is None or targets.version <= entry.targets_version:
+            return False
+        shapes = ((entry.num_steps, self.spec.num_actions), (entry.num_rows,))
+        arrays = (targets.policies, targets.root_values)
+        if tuple(a.shape for a in arrays) != shapes or not all(np.isfinite(a).all() for a in arrays):
             return False
         rows = entry.rows
         rewards = self.ring.columns.rewards[rows.start : rows.stop - 1]
@@ -179,7 +183,7 @@ class EpisodeStore:
         entries = [self.ring.get(int(key)) for key in keys]
         first_rows = np.array([entry.first_row if entry else 0 for entry in entries])
         num_starts = np.array([entry.num_starts if entry else 0 for entry in entries])
-        held = (update.steps >= 0) & (update.steps < num_starts[which])
+        held = (update.steps >= 0) & (update.steps < num_starts[which]) & np.isfinite(update.priorities)
         rows = (first_rows[which] + update.steps)[held]
         num_stale = self.sampler.update(rows, update.priorities[held], update.versions[held])
         return int((~held).sum()) + num_stale
@@ -211,12 +215,8 @@ class EpisodeStore:
         self.journal.append(Kind.IDS, schema.encode_ids(self._remembered))
         self._append_targets([e.key for e in self.ring if e.targets_version > e.weights_version])
         if isinstance(self.sampler, PrioritizedSampler):
-            for entry in self.ring:
-                steps = np.arange(entry.num_starts, dtype=np.int32)
-                keys = np.full(entry.num_starts, entry.key)
-                values, versions = self.sampler.priorities[entry.starts], self.sampler.versions[entry.starts]
-                update = Priorities(keys, steps, values, versions)
-                self.journal.append(Kind.PRIORITIES, schema.encode_priorities(update))
+            update = self.sampler.all_priorities()
+            self.journal.append(Kind.PRIORITIES, schema.encode_priorities(update))
         self.journal.append(Kind.STATE, schema.encode_state(self._with_own(state)))
         self.journal.sync()
         self._snapshot_bytes = self.journal.num_bytes - before
@@ -280,7 +280,6 @@ class EpisodeStore:
         self.ring.num_evicted_transitions += state.get("evicted_transitions", 0)
         self.ring.num_evicted_episodes += state.get("evicted_episodes", 0)
         self._next_indexed_key = self._next_key
-        self._snapshot_bytes = self.journal.num_bytes
         return Recovered(state, new_episodes, new_transitions)
 
     def _check_fits(self, episode: Episode) -> None:

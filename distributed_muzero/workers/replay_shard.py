@@ -175,6 +175,7 @@ class ReplayShard:
                 self.store.write_state(self.state())
             except LogError:
                 self.num_log_failures += 1
+                self.limiter.count_sample(-len(batches) * self.batch_size)
                 return []
         return batches
 

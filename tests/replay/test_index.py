@@ -94,7 +94,9 @@ def test_both_budgets_hold_at_every_moment(lengths, transitions):
 
 def test_row_bytes_is_what_the_columns_take():
     ring = EpisodeRing(SPEC, 100, 2**30)
-    assert sum(column.nbytes for column in (ring._starts, ring.root_values, ring.to_play, *ring.columns)) == 100 * row_bytes(SPEC)
+    assert sum(
+        column.nbytes for column in (ring._starts, ring.root_values, ring.to_play, *ring.columns)
+    ) == 100 * row_bytes(SPEC)
 
 
 def test_an_episode_as_long_as_the_ring_replaces_everything():

@@ -1,5 +1,6 @@
 import hashlib
 import logging
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,12 @@ def make_builder(**sections):
 
 
 def make_batches(builder, number, seed=0):
-    shard = builder.replay_shard(0)
     spec = builder.spec._replace(observation_dtype=np.dtype(np.float32))
-    shard.insert([make_episode(12, name=str(i), seed=seed + i, spec=spec) for i in range(30)])
-    batches = shard.sample_many(number)
+    with tempfile.TemporaryDirectory() as folder:
+        shard = builder.replay_shard(0, Path(folder))
+        shard.insert([make_episode(12, name=str(i), seed=seed + i, spec=spec) for i in range(30)])
+        batches = shard.sample_many(number)
+        shard.close()
     assert len(batches) == number
     return batches
 
@@ -71,11 +74,32 @@ def test_a_restored_learner_publishes_what_was_saved_under_a_version_that_never_
     learner, restored = builder.learner(), builder.learner()
     for batch in make_batches(builder, 6):
         learner.step(batch)
-    restored.restore(*learner.state(), min_version=7)
+    restored.begin(*learner.state(), 7)
     version, weights = restored.weights()
     assert version == 7 and (weights == learner.weights()[1]).all()
-    restored.restore(*learner.state())
+    restored.begin(*learner.state(), 0)
     assert restored.weights()[0] == 1
+    anew = builder.learner()
+    anew.begin(None, None, 5)
+    assert (anew.version, anew.num_steps) == (5, 0)
+
+
+def test_priorities_are_how_wrong_the_values_were_before_the_step():
+    builder = make_builder()
+    learner = builder.learner()
+    (batch,) = make_batches(builder, 1)
+    with torch.no_grad():
+        embeddings = learner.networks.representation(torch.from_numpy(batch.observations))
+        values = learner.networks.value(embeddings).numpy()
+    given = []
+    learner.learn([batch], lambda shard, update: given.append((shard, update)))
+    ((shard, update),) = given
+    assert shard == batch.shard
+    np.testing.assert_allclose(
+        update.priorities, np.abs(values - batch.target_returns[:, 0]), rtol=1e-3, atol=1e-4
+    )
+    np.testing.assert_array_equal(np.stack([update.keys, update.steps], 1), batch.positions)
+    assert (update.versions == learner.version).all()
 
 
 def test_average_and_raw_weights_are_restored_each_with_its_own_running_statistics():
@@ -247,7 +271,7 @@ def test_read_only_batches_are_learnt_from_without_being_written_to():
     one, other = builder.learner(), builder.learner()
     (batch,) = make_batches(builder, 1)
     one.step(batch)
-    for array in batch:
+    for array in batch[:-1]:
         array.flags.writeable = False
     other.step(batch)
     assert digest(one) == digest(other)
@@ -286,7 +310,7 @@ def test_cuda_without_a_gpu_is_an_error(monkeypatch):
     assert choose_device("auto").type == choose_device("cpu").type == "cpu"
 
 
-def test_the_whole_loop_reaches_the_optimum_of_the_chain():
+def test_the_whole_loop_reaches_the_optimum_of_the_chain(tmp_path):
     """Ten states: greedy for the near end earns 0.2, the best play earns 1 after four steps (JUMP, …, RIGHT)."""
     builder = make_builder(
         network={"hidden_sizes": [32], "embedding_size": 16},
@@ -295,7 +319,7 @@ def test_the_whole_loop_reaches_the_optimum_of_the_chain():
         actor={"envs_per_actor": 16, "temperatures": [[0, 1.0], [200, 0.25]]},
         learner={"batch_size": 64, "learning_rate": 0.01, "final_learning_rate": 0.003, "average_decay": 0.9},
     )
-    shard, learner, actor = builder.replay_shard(0), builder.learner(), builder.actor(0, 0)
+    shard, learner, actor = builder.replay_shard(0, tmp_path), builder.learner(), builder.actor(0, 0)
     evaluator = builder.evaluator()
     outbox = Outbox(lambda offers: {0: shard.insert(offers[0])}, 1, 64)
     while learner.num_steps < 800:

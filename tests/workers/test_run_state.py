@@ -79,10 +79,13 @@ def test_rates_are_over_the_time_since_the_last_look():
 
 def test_samples_per_insert_is_over_all_shards():
     state, _ = make_state()
+    counts = ("duplicates", "ignored_priorities", "log_bytes", "log_failures", "corrupt_records")
     shard = {"transitions": 10, "episodes": 1, "evicted_transitions": 0, "rejected_episodes": 0}
+    shard |= dict.fromkeys(counts, 3)
     shards = [
         {**shard, "sampled_rows": 300, "inserted_transitions": 10},
         {**shard, "sampled_rows": 100, "inserted_transitions": 30},
     ]
     metrics = state.metrics(shards)
     assert (metrics["replay/samples_per_insert"], metrics["replay/transitions"]) == (10, 20)
+    assert [metrics[f"replay/{name}"] for name in counts] == [6] * 5

@@ -1,0 +1,133 @@
+"""A run that ends, or dies, and goes on, in one process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from distributed_muzero import checkpoint
+from distributed_muzero.config import make_config
+from distributed_muzero.errors import RunError
+from distributed_muzero.observability.progress import Progress
+from distributed_muzero.replay.inspection import list_all_held
+from distributed_muzero.run_folder import create_run, open_run
+from distributed_muzero.workers.bookkeeper import Bookkeeper
+from distributed_muzero.workers.local import train
+
+SMALL = {
+    "environment": {"id": "chain"},
+    "network": {"hidden_sizes": [16], "embedding_size": 8},
+    "search": {"num_simulations": 4},
+    "actor": {"envs_per_actor": 4},
+    "replay": {"min_size_to_sample": 50, "samples_per_insert": 8},
+    "learner": {"batch_size": 8, "publish_interval": 5, "keep_checkpoints": 50},
+    "evaluator": {"num_episodes": 2, "interval_seconds": 0},
+}
+
+
+def launch(folder, max_train_steps):
+    """One launch of the run, to its end; returns its bookkeeper."""
+    limits = {"run": {"max_train_steps": max_train_steps}}
+    folder = folder.change_config(make_config(folder.config.model_dump(), limits))
+    with Progress(limits=folder.config.run) as progress:
+        book = Bookkeeper(folder.config, folder, progress, launch=folder.begin_launch())
+        before = (book.state.env_steps, book.state.learner.learner_steps)
+        train(folder.config, folder.name, book, lambda: False)
+        book.close("finished")
+    return book, before
+
+
+@pytest.fixture
+def run(tmp_path):
+    return create_run(tmp_path, "r", make_config(SMALL))
+
+
+def lines(folder):
+    return [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+
+
+def test_counts_go_on_where_they_stood_and_nothing_stored_is_lost_or_named_twice(run):
+    first, before = launch(run, 20)
+    assert before == (0, 0)
+    held = {item.episode_id for item in list_all_held(run.replay)}
+    written = lines(run)
+    second, before = launch(run, 60)
+    assert before == (first.state.env_steps, first.state.learner.learner_steps)
+    assert second.state.learner.learner_steps >= 60
+    again = [item.episode_id for item in list_all_held(run.replay)]
+    assert held < set(again) and len(set(again)) == len(again)
+    assert lines(run)[: len(written)] == written  # the same file goes on
+    versions = [line["weights/version"] for line in lines(run)]
+    assert versions == sorted(versions)
+
+
+def test_it_learns_on_from_the_checkpoints_weights(run):
+    launch(run, 20)
+    saved = checkpoint.latest_checkpoint(run.checkpoints)
+    with Progress(limits=run.config.run) as progress:
+        book = Bookkeeper(run.config, run, progress, launch=run.begin_launch())
+        assert train(run.config, run.name, book, lambda: True) == "a stop was asked for"
+        book.close("stopped")
+    after = checkpoint.latest_checkpoint(run.checkpoints)
+    assert after.state["weights_version"] > saved.state["weights_version"]
+    # At most one turn of the learner lies between; an optimizer that began anew would have counted from 0.
+    assert after.tensors["optimizer"]["step"] == after.step >= saved.step == 20 + saved.step % 20
+    assert np.linalg.norm(after.tensors["optimizer"]["vector"]) > 0
+
+
+def test_a_run_without_its_last_checkpoints_goes_on_from_an_earlier_one(run):
+    launch(run, 20)
+    kept = checkpoint.latest_checkpoint(run.checkpoints)
+    launch(run, 60)
+    for path in run.checkpoints.glob("step_*"):
+        if path != kept.path:
+            shutil.rmtree(path)
+    assert kept.path.exists()
+    third, before = launch(run, 80)
+    assert before[1] == kept.step and third.state.learner.learner_steps >= 80
+    assert third.launch == 2
+
+
+def test_the_best_so_far_is_known_to_the_next_launch(run):
+    launch(run, 20)
+    best = checkpoint.best_checkpoint(run.checkpoints)
+    with Progress(limits=run.config.run) as progress:
+        book = Bookkeeper(run.config, run, progress, launch=1)
+        worse = {"mean_return": best.mean_return - 1, "std_return": 0.0, "returns": [0.0], "episodes": 1}
+        book.add_evaluation(worse, checkpoint.latest_checkpoint(run.checkpoints).path, 20)
+        book.close("stopped")
+    assert checkpoint.best_checkpoint(run.checkpoints) == best
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("network", "embedding_size", 9), ("environment", "id", "CartPole-v1"), ("replay", "num_shards", 2)],
+)
+def test_what_weights_and_episodes_depend_on_can_not_change(run, section, key, value):
+    changed = make_config(run.config.model_dump(), {section: {key: value}})
+    with pytest.raises(RunError, match=rf"{section}.{key} of run 'r' is .* can't become {value!r}"):
+        run.change_config(changed)
+    assert open_run(run.path).config == run.config
+
+
+def test_a_run_goes_on_in_one_process_at_a_time(run):
+    with run.locked(), pytest.raises(RunError, match="going on in another process"), run.locked():
+        pass
+    with run.locked():
+        pass
+
+
+def test_reanalyse_and_priorities_in_one_process(tmp_path):
+    config = make_config(
+        SMALL,
+        {"replay": {"min_size_to_sample": 50, "priority_exponent": 0.6}, "reanalyse": {"ratio": 0.5}},
+    )
+    folder = create_run(tmp_path, "r", config)
+    book, _ = launch(folder, 60)
+    state = book.state
+    longest = max(item.num_steps for item in list_all_held(folder.replay))
+    assert 0 < state.refreshed <= state.env_steps + longest
+    assert lines(folder)[-1]["reanalyse/positions"] == state.refreshed
