@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,8 @@ import typer
 from distributed_muzero.errors import ConfigError
 
 app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+
+MAX_PRODUCERS = 8
 
 
 @app.command()
@@ -31,6 +34,30 @@ def search(
     from distributed_muzero.benchmarks.search import print_table, run
 
     result = run(batches=sizes, simulations=simulations, against_mctx=against == "mctx")
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_table(result)
+
+
+@app.command()
+def replay(
+    seconds: Annotated[float, typer.Option(help="How long each measurement lasts.")] = 1.0,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Where logs are written; the disk counts.", exists=True, file_okay=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
+) -> None:
+    """Batches a second out of a replay shard, on one thread, and durable episodes a second into it, through Ray."""
+    from distributed_muzero.benchmarks.replay import print_table, run_inserts, run_sampling
+    from distributed_muzero.cluster.session import ray_session
+    from distributed_muzero.cluster.throughput import insert_speed
+
+    # One after the other: Ray's own processes would take their share of the cores.
+    result = run_sampling(seconds, folder=folder)
+    with ray_session(MAX_PRODUCERS):
+        result |= run_inserts(insert_speed, seconds, producers=(1, MAX_PRODUCERS), folder=folder)
     if as_json:
         print(json.dumps(result))
     else:
