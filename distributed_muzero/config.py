@@ -77,6 +77,9 @@ class ActorConfig(Section):
     temperatures: tuple[tuple[int, float], ...] = ((0, 1.0),)
     max_unacknowledged: Positive = 64  # finished episodes without acknowledgement before the actor waits
 
+    # writes what was offered to the shards and what they answered to <run>/history, to be checked
+    record_history: bool = False
+
     @model_validator(mode="after")
     def _check(self) -> ActorConfig:
         steps = [step for step, _ in self.temperatures]

@@ -73,6 +73,10 @@ class RunFolder:
         return self.path / "replay"
 
     @property
+    def history(self) -> Path:
+        return self.path / "history"
+
+    @property
     def lock_file(self) -> Path:
         return self.path / "lock"
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distributed_muzero.chaos.history import RecordedInsert, check
+from distributed_muzero.chaos.history import check
 from distributed_muzero.chaos.mutators import make_episode
 from distributed_muzero.config import Config, make_config
 from distributed_muzero.environments.base import EnvironmentSpec
@@ -23,6 +23,7 @@ from distributed_muzero.errors import DistributedMuZeroError, LogError
 from distributed_muzero.replay import log
 from distributed_muzero.replay.rate_limiter import RateLimiter
 from distributed_muzero.types import Episode
+from distributed_muzero.workers.history import RecordedInsert
 from distributed_muzero.workers.outbox import Outbox
 from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
 from distributed_muzero.workers.run_state import ActorReport

@@ -22,13 +22,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from distributed_muzero.chaos.history import RecordedInsert, check
+from distributed_muzero.chaos.history import check
 from distributed_muzero.chaos.mutators import make_episode
 from distributed_muzero.chaos.shard_process import BATCH_ROWS, SPEC, Protection, make_storm_config, taken_out
 from distributed_muzero.errors import DistributedMuZeroError
 from distributed_muzero.replay import log, schema
 from distributed_muzero.replay.schema import Kind, Priorities, Targets
 from distributed_muzero.types import Episode
+from distributed_muzero.workers.history import RecordedInsert
 from distributed_muzero.workers.outbox import Outbox
 from distributed_muzero.workers.replay_shard import InsertReply
 from distributed_muzero.workers.run_state import ActorReport

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import typer
 
-from distributed_muzero.cli import bench, configs, evaluate, replay, train
+from distributed_muzero.cli import bench, chaos, configs, evaluate, replay, train
 from distributed_muzero.errors import DistributedMuZeroError
 from distributed_muzero.version import __version__
 
@@ -28,6 +28,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("envs")(configs.envs)
 app.add_typer(configs.app, name="config")
 app.add_typer(replay.app, name="replay")
+app.command("chaos")(chaos.chaos)
 app.add_typer(bench.app, name="bench")
 
 

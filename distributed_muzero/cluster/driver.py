@@ -195,7 +195,14 @@ class Driver:
             self._call(self.learner, self.learner.handle.state.remote(), self._on_learner_state)
 
     def _make_actor(self, index: int, incarnation: int) -> Any:
-        return ActorWorker.remote(self.config, self.run_name, index, incarnation, self._shard_handles)
+        return ActorWorker.remote(
+            self.config,
+            self.run_name,
+            index,
+            incarnation,
+            self._shard_handles,
+            self.book.folder.history,
+        )
 
     def _make_reanalyser(self, index: int, _: int) -> Any:
         num_gpus = self.num_gpus if self.config.reanalyse.device != "cpu" else 0

@@ -22,7 +22,8 @@ from distributed_muzero.errors import LogError
 from distributed_muzero.replay.schema import Priorities, StoredEpisode, Targets
 from distributed_muzero.types import Batch, Episode
 from distributed_muzero.workers.builder import Builder
-from distributed_muzero.workers.outbox import Outbox
+from distributed_muzero.workers.history import RecordedInsert
+from distributed_muzero.workers.outbox import Insert, Outbox
 from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
 from distributed_muzero.workers.run_state import ActorReport, LearnerReport, ReanalyseReport
 
@@ -96,9 +97,14 @@ class ReplayShardWorker:
 
 @ray.remote(num_cpus=1)
 class ActorWorker:
-    def __init__(self, config: Config, run_name: str, index: int, incarnation: int, shards: list[Any]):
+    def __init__(
+        self, config: Config, run_name: str, index: int, incarnation: int, shards: list[Any], history: Path
+    ):
         self.make = lambda: Builder(config, run_name).actor(index, incarnation)
-        self.outbox = Outbox(RemoteInsert(shards), len(shards), config.actor.max_unacknowledged)
+        insert: Insert = RemoteInsert(shards)
+        if config.actor.record_history:
+            insert = RecordedInsert(insert, history / f"actor_{index}_{incarnation}.jsonl")
+        self.outbox = Outbox(insert, len(shards), config.actor.max_unacknowledged)
 
     @made_at_first_use
     def actor(self) -> Actor:

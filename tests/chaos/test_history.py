@@ -6,10 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from distributed_muzero.chaos.history import History, RecordedInsert, check, content_hash
+from distributed_muzero.chaos.history import check
 from distributed_muzero.chaos.log_faults import SPEC, _shard
 from distributed_muzero.chaos.mutators import make_episode
 from distributed_muzero.replay.schema import Kind, StoredEpisode, Targets, encode_episodes
+from distributed_muzero.workers.history import History, RecordedInsert, content_hash
 from distributed_muzero.workers.replay_shard import InsertReply
 
 EPISODES = [make_episode(np.random.default_rng(i), SPEC, 5, f"run/0/0/{i}") for i in range(4)]

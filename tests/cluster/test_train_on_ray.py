@@ -40,7 +40,8 @@ def test_a_run_ends_at_its_limit_and_leaves_everything_behind(tmp_path):
     assert checkpoints
     for path in checkpoints:
         assert {file.name for file in path.iterdir()} == {
-            "manifest.json", "weights.safetensors", "optimizer.safetensors", "state.json", "DONE",
+            "manifest.json", "weights.safetensors", "optimizer.safetensors", "generators.safetensors",
+            "state.json", "DONE",
         }  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["rollout/env_steps"] > 0
