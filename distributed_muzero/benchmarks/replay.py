@@ -210,8 +210,9 @@ def bench_sampling(
     shards: list[dict[str, Any]] = []
     to_learn: list[Batch] = []
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        # What is loaded at the first insert is no part of a shard's size.
-        _open_shard(CARTPOLE, 1, 0.0, Path(place))[1].close()
+        # What is loaded and compiled at the first insert is no part of a shard's size.
+        for exponent in (0.0, PRIORITY_EXPONENT):
+            _open_shard(CARTPOLE, 1, exponent, Path(place))[1].close()
     for spec, size in ((CARTPOLE, transitions), (FRAMES, num_frames)):
         with tempfile.TemporaryDirectory(dir=folder) as place:
             # The second one goes on with the episodes of the first.
@@ -253,9 +254,6 @@ def _open_shard(
     spec: EnvironmentSpec, transitions: int, exponent: float, folder: Path
 ) -> tuple[dict[str, Any], ReplayShard]:
     """A shard with so many transitions, less than one episode; filled if it finds none in `folder`."""
-    if exponent:
-        # What it brings along is no part of a shard's size.
-        import distributed_muzero.replay.priority  # noqa: F401
     steps = min(STEPS_PER_EPISODE[spec.id], transitions)
     num_episodes = transitions // steps
     episode = make_episode(spec, steps)
