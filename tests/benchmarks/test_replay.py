@@ -79,7 +79,7 @@ def test_every_combination_of_inserts_is_measured(result):
 
 def test_the_table_is_for_people(result):
     text = io.StringIO()
-    replay.print_table(result, Console(file=text, width=120))
+    replay.print_table(result, Console(file=text, width=80))
     assert "96×96×4 uint8" in text.getvalue() and "learner on E64, batch 8" in text.getvalue()
 
 
