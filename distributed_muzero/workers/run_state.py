@@ -85,7 +85,7 @@ class RunState:
     def add_learner_report(self, report: LearnerReport) -> None:
         # A learner that could not step has nothing new to say of its losses.
         self.learner = LearnerReport(
-            max(report.learner_steps, self.learner.learner_steps),
+            report.learner_steps,  # fewer, when a lost learner went on from its checkpoint
             max(report.weights_version, self.learner.weights_version),
             report.metrics or self.learner.metrics,
         )

@@ -8,7 +8,7 @@ import signal
 import psutil
 import pytest
 
-from tests.processes import descendants, find_role, started, status, wait_for
+from tests.processes import descendants, find_role, run, started, status, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -31,25 +31,25 @@ def test_a_run_ends_at_its_limit_and_leaves_everything_behind(tmp_path):
     with start(tmp_path, "--actors", 2, "--shards", 2, "--max-train-steps", 300) as process:
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-    run = tmp_path / "r"
+    folder = tmp_path / "r"
     assert "learner steps were made" in errors
-    assert str(run) in output
-    assert status(run)["state"] == "finished"
-    assert status(run)["learner_steps"] >= 300
-    checkpoints = sorted((run / "checkpoints").glob("step_*"))
+    assert str(folder) in output
+    assert status(folder)["state"] == "finished"
+    assert status(folder)["learner_steps"] >= 300
+    checkpoints = sorted((folder / "checkpoints").glob("step_*"))
     assert checkpoints
     for path in checkpoints:
         assert {file.name for file in path.iterdir()} == {
             "manifest.json", "weights.safetensors", "optimizer.safetensors", "generators.safetensors",
             "state.json", "DONE",
         }  # fmt: skip
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["rollout/env_steps"] > 0
     assert lines[-1]["actors/live"] == 2
-    assert list((run / "tensorboard").iterdir())
-    evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert list((folder / "tensorboard").iterdir())
+    evaluations = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     assert evaluations[-1]["checkpoint"] == checkpoints[-1].name
-    assert evaluations[-1]["learner_steps"] == status(run)["learner_steps"]
+    assert evaluations[-1]["learner_steps"] == status(folder)["learner_steps"]
     assert all(evaluation["episodes"] == 2 for evaluation in evaluations)
 
 
@@ -125,3 +125,42 @@ def test_a_second_signal_ends_at_once(tmp_path):
         process.send_signal(signal.SIGCONT)
         process.communicate(timeout=20)
         assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+
+
+def test_a_stopped_run_goes_on_with_other_limits_and_the_same_command_finds_it(tmp_path):
+    name = ("--runs-dir", tmp_path, "--name", "r")
+    same = ("train", "--preset", "debug", *name, "--resume", "auto", "--set", "replay.priority_exponent=0.6")
+    reanalyse = ("--set", "reanalyse.ratio=0.5", "--shards", 2)
+    first = run(*same, *reanalyse, "--max-train-steps", 200)
+    assert first.returncode == 0, first.stderr
+    stopped = status(tmp_path / "r")
+    again = run(*same, *reanalyse, "--max-train-steps", 400)
+    assert again.returncode == 0, again.stderr
+    assert f"going on from {stopped['env_steps']} environment steps" in again.stderr
+    resumed = run("resume", "r", "--runs-dir", tmp_path, "--max-train-steps", 500)
+    assert resumed.returncode == 0, resumed.stderr
+    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["train/learner_steps"] for line in lines]
+    assert steps == sorted(steps) and steps[-1] >= 500
+    assert any(line["reanalyse/positions"] > 0 for line in lines)
+    for options in (("--max-train-steps", 500), ("--set", "network.embedding_size=7")):
+        refused = run("resume", "r", "--runs-dir", tmp_path, *options)
+        assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "network.embedding_size of run 'r' is 64 and can't become 7" in refused.stderr
+
+
+def test_an_exported_set_trains_offline(tmp_path):
+    played = run("train", "--preset", "debug", "--runs-dir", tmp_path, "--name", "played", "--in-process")
+    assert played.returncode == 0, played.stderr
+    dataset = tmp_path / "played.parquet"
+    exported = run("replay", "export", "played", dataset, "--runs-dir", tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    options = ("--preset", "debug", "--runs-dir", tmp_path, "--offline", dataset)
+    # Through Ray, the learner is ahead while the reanalyser's process starts.
+    for name, steps, where in (("ray", 2000, ()), ("local", 100, ("--in-process",))):
+        done = run("train", *options, "--max-train-steps", steps, "--name", name, *where)
+        assert done.returncode == 0, done.stderr
+        result = status(tmp_path / name)
+        assert result["learner_steps"] >= steps and result["env_steps"] == 0
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert lines[-1]["reanalyse/positions"] > 0

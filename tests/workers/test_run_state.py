@@ -56,11 +56,11 @@ def test_only_an_evaluation_that_reaches_the_return_ends_a_run():
     assert "mean return of 5" in state.stop_reason()
 
 
-def test_counts_add_up_and_a_late_report_never_turns_them_back():
+def test_counts_add_up_and_a_lost_learner_turns_back_its_steps_but_no_version():
     state, _ = make_state()
     state.add_learner_report(LearnerReport(20, 2, {"train/loss": 1.0}))
     state.add_learner_report(LearnerReport(10, 1, {}))
-    assert (state.learner.learner_steps, state.learner.weights_version) == (20, 2)
+    assert (state.learner.learner_steps, state.learner.weights_version) == (10, 2)
     assert state.learner.metrics == {"train/loss": 1.0}
 
 
