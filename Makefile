@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: setup train test check bench format clean
+.PHONY: setup train test faults check bench format clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and f"Python 3.11 or 3.12 is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=…")'
@@ -23,7 +23,10 @@ train: $(VENV)/.base
 	$(BIN)/distributed-muzero train --preset cartpole
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not faults"
+
+faults: $(VENV)/.test
+	$(BIN)/python -m pytest -m faults
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -23,6 +23,8 @@ def test_files_keep_their_promises():
     assert all(row["n"] > 5 and row["broken"] == 0 for row in result["promises"])
 
 
+@pytest.mark.faults
+@pytest.mark.slow
 def test_a_storm_keeps_what_was_acknowledged():
     done, result = chaos("--minutes", 0.2, "--only", "P15")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -32,6 +34,8 @@ def test_a_storm_keeps_what_was_acknowledged():
     assert p2["n"] >= 4 and p2["max_seconds"] < 10
 
 
+@pytest.mark.faults
+@pytest.mark.slow
 def test_it_fails_without_syncs():
     done, result = chaos("--minutes", 0.2, "--only", "P2", "--without", "sync")
     assert done.returncode == 1
@@ -52,6 +56,7 @@ def test_times_over_the_promised_limit_are_broken():
     assert promise.examples == ["11.0 s, promised 10", "one was lost"]
 
 
+@pytest.mark.faults
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(300)

@@ -14,6 +14,7 @@ def assert_good(result):
     assert result.acknowledged > 50 and len(result.recovery_seconds) == result.kills
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["kill", "power_cut"])
 def test_a_shard_in_a_storm_loses_nothing_and_repeats_nothing(tmp_path, mode):
@@ -22,6 +23,7 @@ def test_a_shard_in_a_storm_loses_nothing_and_repeats_nothing(tmp_path, mode):
     assert result.kills == 3 and result.lost_replies > 0 and max(result.recovery_seconds) < 10
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_flipped_bits_are_counted_and_never_come_back_as_episodes(tmp_path):
     result = run_storm(tmp_path, seed=2, num_kills=2, flips_bits=True)
@@ -29,6 +31,7 @@ def test_flipped_bits_are_counted_and_never_come_back_as_episodes(tmp_path):
     assert result.damaged > 0 and result.damage_seen > 0
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "without", "what"),

@@ -127,6 +127,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
         assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
 
+@pytest.mark.faults
 def test_a_stopped_run_goes_on_with_other_limits_and_the_same_command_finds_it(tmp_path):
     name = ("--runs-dir", tmp_path, "--name", "r")
     same = ("train", "--preset", "debug", *name, "--resume", "auto", "--set", "replay.priority_exponent=0.6")
@@ -134,7 +135,7 @@ def test_a_stopped_run_goes_on_with_other_limits_and_the_same_command_finds_it(t
     first = run(*same, *reanalyse, "--max-train-steps", 200)
     assert first.returncode == 0, first.stderr
     stopped = status(tmp_path / "r")
-    again = run(*same, *reanalyse, "--max-train-steps", 400)
+    again = run(*same, *reanalyse, "--max-train-steps", 400, "--in-process")
     assert again.returncode == 0, again.stderr
     assert f"going on from {stopped['env_steps']} environment steps" in again.stderr
     resumed = run("resume", "r", "--runs-dir", tmp_path, "--max-train-steps", 500)
@@ -157,7 +158,7 @@ def test_an_exported_set_trains_offline(tmp_path):
     assert exported.returncode == 0, exported.stderr
     options = ("--preset", "debug", "--runs-dir", tmp_path, "--offline", dataset)
     # Through Ray, the learner is ahead while the reanalyser's process starts.
-    for name, steps, where in (("ray", 2000, ()), ("local", 100, ("--in-process",))):
+    for name, steps, where in (("ray", 1500, ()), ("local", 100, ("--in-process",))):
         done = run("train", *options, "--max-train-steps", steps, "--name", name, *where)
         assert done.returncode == 0, done.stderr
         result = status(tmp_path / name)
