@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from distributed_muzero.algorithm.targets import make_batch
-from distributed_muzero.benchmarks.search import ONE_THREAD
+from distributed_muzero.benchmarks.one_thread import run_on_one_thread
 from distributed_muzero.config import Config, make_config
 from distributed_muzero.environments.base import EnvironmentSpec
-from distributed_muzero.errors import ConfigError, DistributedMuZeroError
+from distributed_muzero.errors import ConfigError
 from distributed_muzero.replay.index import row_bytes
 from distributed_muzero.types import Batch, Episode
 from distributed_muzero.workers.replay_shard import ReplayShard
@@ -72,16 +71,7 @@ def run_sampling(
         raise ConfigError(f"seconds {seconds}, batches {list(batches)}: expected numbers above 0")
     order = {"seconds": seconds, "repeats": repeats, "batches": list(batches), "transitions": transitions}
     order |= {"frame_bytes": frame_bytes, "folder": None if folder is None else str(folder)}
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, json.dumps(order)],
-        env=os.environ | ONE_THREAD,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise DistributedMuZeroError(f"the benchmark's process ended with code {done.returncode}; see above")
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_on_one_thread(__name__, order)
 
 
 def run_inserts(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,16 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from distributed_muzero.errors import ConfigError, DistributedMuZeroError
+from distributed_muzero.benchmarks.one_thread import run_on_one_thread
+from distributed_muzero.errors import ConfigError
 
-ONE_THREAD = {
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "VECLIB_MAXIMUM_THREADS": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
-    "JAX_PLATFORMS": "cpu",
-}
 DISCOUNT = 0.997
 
 
@@ -53,16 +45,7 @@ def run(
         )
     order = {"batches": list(batches), "simulations": simulations, "against_mctx": against_mctx}
     order |= {"repeats": repeats, "seconds": seconds}
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, json.dumps(order)],
-        env=os.environ | ONE_THREAD,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise DistributedMuZeroError(f"the benchmark's process ended with code {done.returncode}; see above")
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_on_one_thread(__name__, order)
 
 
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:
