@@ -11,8 +11,6 @@ import hashlib
 import json
 import logging
 import resource
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,11 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distributed_muzero import checkpoint
+from distributed_muzero.chaos.child import run_with_offsets
 from distributed_muzero.errors import CheckpointError, DistributedMuZeroError
 
 OLDER, NEWEST = 1, 2  # steps
 NUM_FILES = 6  # of a checkpoint, manifest and DONE included
-CHILD_TIMEOUT_SECONDS = 300.0
 
 Content = tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]  # tensors and state
 
@@ -107,16 +105,8 @@ def run_other_versions(folder: Path, seed: int) -> VersionResult:
 
 def run_disk_full(folder: Path, seed: int, n: int = 20) -> DiskFullResult:
     """`check_disk_full` in a process of its own, which no other writing of this one can disturb."""
-    command = [sys.executable, "-m", "distributed_muzero.chaos.corruption"]
-    arguments = [f"--folder={folder}", f"--seed={seed}", f"--offsets={n}"]
-    done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=CHILD_TIMEOUT_SECONDS, check=False
-    )
-    if done.returncode != 0:
-        raise DistributedMuZeroError(
-            f"the writer in {folder} ended with code {done.returncode}: {done.stderr}"
-        )
-    return DiskFullResult(**json.loads(done.stdout))
+    found = run_with_offsets("distributed_muzero.chaos.corruption", folder, seed, n)
+    return DiskFullResult(**found)
 
 
 def check_disk_full(folder: Path, seed: int, n: int) -> DiskFullResult:

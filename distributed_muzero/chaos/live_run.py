@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ import psutil
 from distributed_muzero import checkpoint
 from distributed_muzero.chaos.history import Verdict, check
 from distributed_muzero.errors import DistributedMuZeroError
+from distributed_muzero.replay.index import shard_of
 
 NUM_SHARDS = 2
 PATIENCE_SECONDS = 120.0
@@ -204,7 +204,7 @@ class LiveRun:
         times = (
             line["time"]
             for line in self._history()
-            if line["event"] == "ok" and zlib.crc32(line["id"].encode()) % NUM_SHARDS == shard
+            if line["event"] == "ok" and shard_of(line["id"], NUM_SHARDS) == shard
         )
         return min((at for at in times if at > moment), default=None)
 

@@ -6,8 +6,6 @@ import argparse
 import json
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from distributed_muzero.chaos.child import run_with_offsets
 from distributed_muzero.chaos.history import check
 from distributed_muzero.chaos.mutators import make_episode
 from distributed_muzero.config import Config, make_config
@@ -29,7 +28,6 @@ from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
 from distributed_muzero.workers.run_state import ActorReport
 
 SPEC = EnvironmentSpec("faults", (2,), np.dtype(np.float32), (3,))
-CHILD_TIMEOUT_SECONDS = 300.0
 NUM_BEFORE = 3  # records before the last one
 SEGMENT_BYTES = 2**16
 
@@ -124,18 +122,10 @@ def _torn_at(folder: Path, name: str, length: int, is_whole: bool, episodes: lis
 
 def run_disk_full(folder: Path, seed: int, n: int = 20, progress: Progress | None = None) -> FullDiskResult:
     """`check_disk_full` in a process of its own, whose file size limits bind nobody else."""
-    command = [sys.executable, "-m", "distributed_muzero.chaos.log_faults"]
-    arguments = [f"--folder={folder}", f"--seed={seed}", f"--offsets={n}"]
-    done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=CHILD_TIMEOUT_SECONDS, check=False
-    )
-    if done.returncode != 0:
-        raise DistributedMuZeroError(
-            f"the shard in {folder} ended with code {done.returncode}: {done.stderr}"
-        )
+    found = run_with_offsets("distributed_muzero.chaos.log_faults", folder, seed, n)
     if progress:
         progress(f"{n} offsets")
-    return FullDiskResult(**json.loads(done.stdout))
+    return FullDiskResult(**found)
 
 
 def check_disk_full(folder: Path, seed: int, n: int) -> FullDiskResult:

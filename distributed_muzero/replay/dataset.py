@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -31,6 +30,7 @@ from distributed_muzero.config import Config
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import RunError
 from distributed_muzero.files import sync_folder
+from distributed_muzero.replay.index import shard_of
 from distributed_muzero.replay.inspection import held_episodes, shard_folders
 from distributed_muzero.replay.log import ReplayLog
 from distributed_muzero.replay.schema import EPISODES, StoredEpisode, episodes_from_arrow, episodes_to_arrow
@@ -79,11 +79,6 @@ class ImportCounts(NamedTuple):
     rejected: dict[str, int]  # by reason
     stored_transitions: int
     evicted_transitions: int  # gave way meanwhile: the buffer holds no more
-
-
-def shard_of(episode_id: str, num_shards: int) -> int:
-    """The shard that an episode belongs to; follows from its id alone."""
-    return zlib.crc32(episode_id.encode()) % num_shards
 
 
 # Writing ------------------------------------------------------------------------------------------------------

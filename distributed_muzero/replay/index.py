@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -185,6 +186,11 @@ class EpisodeRing:
         self.num_evicted_transitions += entry.num_steps
         self.num_evicted_episodes += 1
         return entry
+
+
+def shard_of(episode_id: str, num_shards: int) -> int:
+    """The shard that an episode belongs to; follows from its id alone."""
+    return zlib.crc32(episode_id.encode()) % num_shards
 
 
 def row_bytes(spec: EnvironmentSpec) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 
+from distributed_muzero.replay.index import shard_of
 from distributed_muzero.types import Episode
 from distributed_muzero.workers.replay_shard import InsertReply
 from distributed_muzero.workers.run_state import ActorReport
@@ -45,7 +45,7 @@ class Outbox:
         """Offers what waits. What is acknowledged leaves; a refusal for good is told in the report."""
         offers: dict[int, list[Episode]] = {}
         for episode in self._waiting:
-            shard = zlib.crc32(episode.episode_id.encode()) % self._num_shards
+            shard = shard_of(episode.episode_id, self._num_shards)
             if shard not in self._closed or shard not in offers:
                 offers.setdefault(shard, []).append(episode)
         if not offers:
