@@ -167,10 +167,10 @@ class ReanalyserWorker:
         return answer_or(self.shards[shard].update_targets.remote(targets), 0)
 
 
-def answer_or(call: Any, otherwise: Any) -> Any:
+def answer_or(call: Any, otherwise: Any, timeout: float = INSERT_TIMEOUT_SECONDS) -> Any:
     """A shard's answer; `otherwise` while it is lost: what it would have got is asked for again."""
     try:
-        return ray.get(call, timeout=INSERT_TIMEOUT_SECONDS)
+        return ray.get(call, timeout=timeout)
     except (RayActorError, GetTimeoutError):
         return otherwise
 
@@ -204,10 +204,9 @@ class RemoteInsert:
         deadline = time.monotonic() + INSERT_TIMEOUT_SECONDS
         replies = {}
         for index, call in calls.items():
-            try:
-                replies[index] = ray.get(call, timeout=max(deadline - time.monotonic(), 0.01))
-            except (RayActorError, GetTimeoutError):
-                continue  # offered again later, under the same ids
+            answer = answer_or(call, None, max(deadline - time.monotonic(), 0.01))
+            if answer is not None:  # else offered again later, under the same ids
+                replies[index] = answer
         return replies
 
 

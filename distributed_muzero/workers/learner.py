@@ -15,8 +15,9 @@ from torch import Tensor
 from distributed_muzero.algorithm.losses import LossWeights
 from distributed_muzero.algorithm.training import training_step
 from distributed_muzero.config import LearnerConfig
-from distributed_muzero.errors import CheckpointError, ConfigError, NonFiniteError
+from distributed_muzero.errors import CheckpointError, NonFiniteError
 from distributed_muzero.networks.base import Networks
+from distributed_muzero.networks.device import choose_device
 from distributed_muzero.networks.flat import FlatWeights
 from distributed_muzero.replay.schema import Priorities
 from distributed_muzero.types import Batch
@@ -35,7 +36,7 @@ class Learner:
 
     def __init__(self, networks: Networks, config: LearnerConfig):
         self.config = config
-        self.device = choose_device(config.device)
+        self.device = choose_device(config.device, "learner.device")
         torch.set_num_threads(config.num_threads)
         self.networks = networks.to(self.device).train()
         self.flat = FlatWeights(self.networks)
@@ -244,13 +245,6 @@ def learning_rate(config: LearnerConfig, step: int) -> float:
     progress = min((step - config.warmup_steps) / config.decay_steps, 1.0)
     share = 0.5 * (1 + math.cos(math.pi * progress))
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * share
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` takes a GPU if torch sees one. Raises ConfigError when cuda is asked for and there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("learner.device is cuda, but torch sees no GPU here; use auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _copy(tensor: Tensor) -> np.ndarray:

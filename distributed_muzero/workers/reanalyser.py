@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from distributed_muzero.algorithm.reanalyse import refresh
 from distributed_muzero.config import Config
 from distributed_muzero.environments.base import EnvironmentSpec
-from distributed_muzero.errors import ConfigError
 from distributed_muzero.networks.base import Networks
+from distributed_muzero.networks.device import choose_device
 from distributed_muzero.networks.flat import FlatWeights
 from distributed_muzero.networks.inference import SearchModel, make_search_model
 from distributed_muzero.networks.torch_inference import TorchInference
@@ -37,7 +36,7 @@ class Reanalyser:
     def __init__(self, networks: Networks, config: Config, spec: EnvironmentSpec, index: int = 0):
         """Raises ConfigError if reanalyse.device is cuda and there is no GPU."""
         self.config = config
-        self.device = choose_device(config.reanalyse.device)
+        self.device = choose_device(config.reanalyse.device, "reanalyse.device")
         self.version = -1
         self.search_model: SearchModel | None = None
         self._networks = networks.to(self.device)
@@ -101,10 +100,3 @@ class Reanalyser:
             Targets(item.key, self.version, policies, root_values)
             for item, (policies, root_values) in zip(stored, answers, strict=True)
         ]
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` takes a GPU if torch sees one. Raises ConfigError when cuda is asked for and there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("reanalyse.device is cuda, but torch sees no GPU here; use auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -11,8 +11,9 @@ from distributed_muzero.checkpoint import read_checkpoint
 from distributed_muzero.config import LearnerConfig, make_config
 from distributed_muzero.environments.chain import make_chain, solve
 from distributed_muzero.errors import CheckpointError, ConfigError, NonFiniteError
+from distributed_muzero.networks.device import choose_device
 from distributed_muzero.workers.builder import Builder
-from distributed_muzero.workers.learner import Learner, choose_device, learning_rate
+from distributed_muzero.workers.learner import Learner, learning_rate
 from distributed_muzero.workers.local import no_sleep, ready_batches
 from distributed_muzero.workers.outbox import Outbox
 from tests.episodes import make_episode
@@ -306,8 +307,9 @@ def test_learning_rate_warms_up_and_falls_by_hand():
 def test_cuda_without_a_gpu_is_an_error(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="torch sees no GPU"):
-        choose_device("cuda")
-    assert choose_device("auto").type == choose_device("cpu").type == "cpu"
+        choose_device("cuda", "learner.device")
+    for name in ("auto", "cpu"):
+        assert choose_device(name, "learner.device").type == "cpu"
 
 
 def test_the_whole_loop_reaches_the_optimum_of_the_chain(tmp_path):
