@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 
 from distributed_muzero import checkpoint
+from distributed_muzero.chaos.child import kill_tree
 from distributed_muzero.chaos.history import Verdict, check
 from distributed_muzero.errors import DistributedMuZeroError
 from distributed_muzero.replay.index import shard_of
@@ -249,15 +250,8 @@ class LiveRun:
         raise DistributedMuZeroError(f"waited in vain for {what}; the run's last words: {tail}")
 
     def _end_everything(self) -> None:
-        if self._process is None:
-            return
-        doomed = self._descendants()
-        self._process.kill()
-        for process in doomed:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        self._process.wait()
-        psutil.wait_procs(doomed, timeout=10)
+        if self._process is not None:
+            kill_tree(self._process)
 
 
 def _writes_a_log(process: psutil.Process) -> bool:
