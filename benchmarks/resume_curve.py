@@ -28,7 +28,7 @@ class Curve(NamedTuple):
     killed: float  # seconds after the first evaluation, as all times here
     seconds: list[float]
     returns: list[float]
-    transitions: tuple[int, int]  # stored when it was killed, and in the first line of metrics afterwards
+    transitions: tuple[int, int]  # stored, as last told before the kill and first told after it
 
 
 def main() -> None:
@@ -81,13 +81,17 @@ def train_and_kill(folder: Path, preset: str, seed: int, seconds: float) -> Curv
         killed - began,
         [line["wall_time"] - began for line in evaluations],
         [line["mean_return"] for line in evaluations],
-        (metrics[lines - 1]["replay/transitions"], metrics[lines]["replay/transitions"]),
+        (stored(metrics[:lines])[-1], stored(metrics[lines:])[0]),
     )
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def stored(metrics: list[dict[str, Any]]) -> list[int]:
+    return [int(line["replay/transitions"]) for line in metrics if "replay/transitions" in line]
 
 
 def print_row(curve: Curve) -> None:

@@ -130,6 +130,8 @@ class LearnerConfig(Section):
     average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     publish_interval: Positive = 20  # learner steps between two weights versions
     keep_checkpoints: Positive = 3
+    # at most between two checkpoints while it learns; each evaluation has one of its own
+    checkpoint_seconds: Annotated[float, Field(gt=0)] = 30.0
     prefetch: Positive = 2  # calls for batches in flight to every shard
     num_threads: Positive = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"

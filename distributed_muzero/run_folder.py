@@ -9,18 +9,20 @@ import datetime
 import difflib
 import fcntl
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from distributed_muzero.config import Config, make_config
 from distributed_muzero.errors import ConfigError, RunError
-from distributed_muzero.files import to_json, write_atomically
+from distributed_muzero.files import sync_folder, to_json, write_atomically
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # What can't change in a run that goes on; without keys, the whole section.
@@ -31,6 +33,16 @@ FIXED: dict[str, tuple[str, ...]] = {
     "run": ("seed",),
 }
 MAX_LISTED = 20  # runs named in an error
+
+
+class Launch(NamedTuple):
+    """One start of a run. What it names after its number, or after weights versions of its own, is named once."""
+
+    number: int
+    first_version: int  # above all that earlier launches reserved
+
+
+FIRST_LAUNCH = Launch(0, 0)
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,14 @@ class RunFolder:
         return self.path / "history"
 
     @property
+    def launches_file(self) -> Path:
+        return self.path / "launches.json"
+
+    @property
+    def datasets_file(self) -> Path:
+        return self.path / "datasets.json"
+
+    @property
     def lock_file(self) -> Path:
         return self.path / "lock"
 
@@ -92,15 +112,25 @@ class RunFolder:
                 ) from None
             yield
 
-    def begin_launch(self) -> int:
-        """Counts the starts of the run, durably, from 0. What a launch names after it is named once for ever."""
-        file = self.path / "launches"
+    def begin_launch(self) -> Launch:
+        """Counts the starts of the run, durably. One of a version that didn't count them has its checkpoints."""
         try:
-            launch = int(file.read_text()) if file.exists() else 0
-            write_atomically(file, f"{launch + 1}\n".encode())
-        except (OSError, ValueError) as error:
-            raise RunError(f"can't count the launches of the run in {file}: {error}") from None
+            known = json.loads(self.launches_file.read_text()) if self.launches_file.exists() else {}
+            launch = Launch(
+                int(known.get("launches", any(self.checkpoints.glob("step_*")))),
+                int(known.get("versions", 0)),
+            )
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise RunError(f"can't read the launches of the run in {self.launches_file}: {error}") from None
+        self.reserve_versions(launch, launch.first_version)
         return launch
+
+    def reserve_versions(self, launch: Launch, end: int) -> None:
+        """Later launches begin at weights version `end`, durably."""
+        try:
+            write_atomically(self.launches_file, to_json({"launches": launch.number + 1, "versions": end}))
+        except OSError as error:
+            raise RunError(f"can't write {self.launches_file}: {error}; the old one is intact") from None
 
     def change_config(self, config: Config) -> RunFolder:
         """The run with other settings, written to its config.yaml. Raises RunError for those that can't change."""
@@ -117,6 +147,22 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"can't write {self.config_file}: {error}; the old one is intact") from None
         return RunFolder(self.path, config)
+
+    def write_datasets(self, paths: Sequence[Path]) -> None:
+        """Notes what an offline run has yet to import; nothing once all of it is."""
+        try:
+            write_atomically(self.datasets_file, to_json([str(path.resolve()) for path in paths]))
+        except OSError as error:
+            raise RunError(f"can't write {self.datasets_file}: {error}") from None
+
+    def read_datasets(self) -> list[Path]:
+        """What `write_datasets` noted last."""
+        try:
+            return [Path(text) for text in json.loads(self.datasets_file.read_text(encoding="utf-8"))]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(f"can't read {self.datasets_file}: {error}") from None
 
     def write_status(self, status: Mapping[str, Any]) -> None:
         """Replaces status.json at once: a reader never meets half. Raises RunError if the disk refuses."""
@@ -146,19 +192,24 @@ def create_run(runs_dir: Path | str, name: str | None, config: Config) -> RunFol
     root = Path(runs_dir)
     chosen = name if name is not None else _free_name(root, default_run_name(config))
     path = _inside(root, chosen)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        path.mkdir()
-        for folder in ("tensorboard", "checkpoints", "replay"):
-            (path / folder).mkdir()
-        write_atomically(path / "config.yaml", config.to_yaml().encode())
-    except FileExistsError:
+    if path.exists():
         raise RunError(
             f"run {chosen!r} exists already in {root}; choose another --name, or go on with it: resume {chosen}"
-            if path.exists()
-            else f"the runs folder {root} is a file; choose another --runs-dir"
-        ) from None
+        )
+    # Under its name it is whole: a kill leaves nothing that is neither a run nor free.
+    unnamed = path.with_name(f".creating-{chosen}-{os.getpid()}")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        unnamed.mkdir()
+        for folder in ("tensorboard", "checkpoints", "replay"):
+            (unnamed / folder).mkdir()
+        write_atomically(unnamed / "config.yaml", config.to_yaml().encode())
+        unnamed.rename(path)
+        sync_folder(root)
     except OSError as error:
+        shutil.rmtree(unnamed, ignore_errors=True)
+        if root.is_file():
+            raise RunError(f"the runs folder {root} is a file; choose another --runs-dir") from None
         raise RunError(f"can't make the run's folder {path}: {error}; choose another --runs-dir") from None
     return RunFolder(path, config)
 

@@ -6,8 +6,10 @@ calls are asynchronous: the loop waits for whichever is done first and never for
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ from distributed_muzero.cluster.program import (
 from distributed_muzero.cluster.run_control import NAMESPACE, RunControl
 from distributed_muzero.config import Config
 from distributed_muzero.errors import DistributedMuZeroError, RunError
+from distributed_muzero.files import folder_bytes
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import num_reanalysers
 from distributed_muzero.workers.run_state import LearnerReport
@@ -39,8 +42,10 @@ CALL_TIMEOUT_SECONDS = 120.0  # also covers the start of the process behind the 
 EVALUATION_TIMEOUT_SECONDS = 3600.0  # games may be long, and a slow evaluation holds nobody up
 EXCHANGE_SECONDS = 0.5
 STOP_SECONDS = 15.0  # for flushing shards and fetching the learner's state when the run ends
-SHARD_RESTART_SECONDS = 60.0  # Ray's restart of a shard's process, and its own from its log
+SHARD_RESTART_SECONDS = 60.0  # Ray's restart of a shard's process
+RECOVERY_BYTES_PER_SECOND = 10e6  # of its log, at least
 MAX_FAILURES_IN_A_ROW = 5
+STEADY_SECONDS = 10.0  # of work, after which earlier failures are forgiven
 
 
 class Published(NamedTuple):
@@ -61,13 +66,26 @@ class Role:
     first_incarnation: int = 0
     num_starts: int = 0
     failures_in_a_row: int = 0
-    has_answered: bool = False  # this incarnation
+    working_since: float | None = None  # this incarnation
     lost_at: float | None = None  # of a shard that Ray is restarting
+    is_leaving: bool = False  # an actor that delivers its last games
 
     def start(self) -> None:
         self.handle = self.make(self.first_incarnation + self.num_starts)
         self.num_starts += 1
-        self.has_answered = False
+
+    def has_worked(self) -> None:
+        self.working_since = self.working_since or time.monotonic()
+        self.lost_at = None
+
+    def has_failed(self, error: BaseException) -> None:
+        """Raises RunError after too many failures with little work between them."""
+        if self.working_since is not None and time.monotonic() - self.working_since > STEADY_SECONDS:
+            self.failures_in_a_row = 0
+        self.working_since = None
+        self.failures_in_a_row += 1
+        if self.failures_in_a_row > MAX_FAILURES_IN_A_ROW:
+            raise RunError(f"the {self.name} failed {self.failures_in_a_row} times in a row, last: {error}")
 
 
 @dataclass
@@ -75,6 +93,7 @@ class Call:
     role: Role
     on_result: Callable[[Any], object]
     deadline: float
+    shows_work: bool  # its answer proves that the role does what it is there for
 
 
 class Driver:
@@ -89,7 +108,7 @@ class Driver:
         self.published: Published | None = None
         self.num_desired_actors = config.actor.num_actors
         self.shard_stats: dict[int, dict[str, float]] = {}
-        self._evaluation_waits_for: Role | None = None
+        self._state_is_asked = self._is_evaluating = False
         self._was_told_to_stop = False
         self._next_exchange = 0.0
 
@@ -98,7 +117,10 @@ class Driver:
         try:
             return self._run()
         except DistributedMuZeroError:
-            self._end()
+            try:
+                self._end()
+            except DistributedMuZeroError as error:
+                self.book.progress.message(str(error))
             raise
 
     def _run(self) -> str:
@@ -109,7 +131,7 @@ class Driver:
             self.book.tick(
                 list(self.shard_stats.values()),
                 num_desired=self.num_desired_actors,
-                num_actors=sum(role.has_answered for role in self.actors),
+                num_actors=sum(role.working_since is not None for role in self.actors),
                 num_restarts=sum(role.num_starts - 1 for role in self.actors),
             )
             if reason := self.book.state.stop_reason():
@@ -134,8 +156,8 @@ class Driver:
             for index in range(config.replay.num_shards)
         ]
         self._shard_handles = [role.handle for role in self.shards]
-        self.num_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-        num_gpus = self.num_gpus if config.learner.device != "cpu" else 0
+        self.gpu_share = gpu_share(config, int(ray.cluster_resources().get("GPU", 0)))
+        num_gpus = self.gpu_share if config.learner.device != "cpu" else 0
         self.learner = Role(
             "learner",
             lambda _: LearnerWorker.options(num_gpus=num_gpus).remote(config, name, self._shard_handles),
@@ -157,17 +179,19 @@ class Driver:
 
     def _start_learner(self) -> None:
         self.learner.start()
+        self._state_is_asked = False
         saved = checkpoint.latest_checkpoint(self.book.folder.checkpoints)
         handle, published = self.learner.handle, self.published
-        # A version is never given to two sets of weights.
-        version = published.version + 1 if published else self.book.first_version
+        # A version is never given to two sets of weights; a lost learner may have been ahead of its answers.
+        version = published.version + 1 + LEARNER_CALLS_IN_FLIGHT if published else self.book.first_version
         if saved is None and published is not None:
             begun = handle.start_from.remote(published.weights, published.learner_steps, version)
         else:
             begun = handle.begin.remote(saved and saved.tensors, saved and saved.state, version)
-        self._call(self.learner, begun, ignore)
+        self._call(self.learner, begun, ignore, shows_work=False)
         if self.published is None:
-            self._call(self.learner, self.learner.handle.weights.remote(), self._on_first_weights)
+            call = self.learner.handle.weights.remote()
+            self._call(self.learner, call, self._on_first_weights, shows_work=False)
         for _ in range(LEARNER_CALLS_IN_FLIGHT):
             self._train()
 
@@ -181,7 +205,8 @@ class Driver:
             self._play(role)
         while len(self.actors) > self.num_desired_actors:
             self._forget(role := self.actors.pop())
-            ray.kill(role.handle)
+            role.is_leaving = True
+            self._call(role, role.handle.drain.remote(), partial(self._on_drained, role))
         now = time.monotonic()
         if now >= self._next_exchange:
             self._next_exchange = now + EXCHANGE_SECONDS
@@ -189,10 +214,17 @@ class Driver:
         for call_id, call in list(self.calls.items()):
             if now > call.deadline and call_id in self.calls:
                 self._replace(call.role, RunError("it gave no answer in time"))
-        due = self.book.evaluation_is_due(self.book.state.learner.learner_steps)
-        if due and self._evaluation_waits_for is None:
-            self._evaluation_waits_for = self.learner
-            self._call(self.learner, self.learner.handle.state.remote(), self._on_learner_state)
+        if not self._state_is_asked and (self._evaluates_now() or self.book.checkpoint_is_due(self._steps)):
+            self._state_is_asked = True
+            call = self.learner.handle.state.remote()
+            self._call(self.learner, call, self._on_learner_state, shows_work=False)
+
+    @property
+    def _steps(self) -> int:
+        return self.book.state.learner.learner_steps
+
+    def _evaluates_now(self) -> bool:
+        return not self._is_evaluating and self.book.evaluation_is_due(self._steps)
 
     def _make_actor(self, index: int, incarnation: int) -> Any:
         return ActorWorker.remote(
@@ -205,7 +237,7 @@ class Driver:
         )
 
     def _make_reanalyser(self, index: int, _: int) -> Any:
-        num_gpus = self.num_gpus if self.config.reanalyse.device != "cpu" else 0
+        num_gpus = self.gpu_share if self.config.reanalyse.device != "cpu" else 0
         return ReanalyserWorker.options(num_gpus=num_gpus).remote(
             self.config, self.run_name, index, self._shard_handles
         )
@@ -223,6 +255,16 @@ class Driver:
         self.book.add_actor_report(report)
         if role in self.actors:
             self._play(role)
+
+    def _on_drained(self, role: Role, num_left: int) -> None:
+        self._tell_undelivered(num_left)
+        ray.kill(role.handle)
+
+    def _tell_undelivered(self, num_episodes: int) -> None:
+        if num_episodes:
+            self.book.progress.message(
+                f"{num_episodes} finished games of actors that ended were not delivered"
+            )
 
     def _reanalyse(self, role: Role) -> None:
         assert self.published is not None
@@ -245,10 +287,13 @@ class Driver:
     def _train(self) -> None:
         handle = self.learner.handle
         report, weights = handle.train.options(num_returns=2).remote(TRAIN_SECONDS)
-        self._call(self.learner, report, lambda value: self._on_train(value, weights))
+        on_result = partial(self._on_train, weights=weights)
+        self._call(self.learner, report, on_result, shows_work=False)
 
-    def _on_train(self, report: Any, weights: Any) -> None:
-        self.book.state.add_learner_report(report)
+    def _on_train(self, report: LearnerReport, weights: Any) -> None:
+        self.book.add_learner_report(report)
+        if report.metrics:  # else it found no batches, and has yet to show that it can learn
+            self.learner.has_worked()
         if self.published is None or report.weights_version > self.published.version:
             self.published = Published(report.weights_version, report.learner_steps, weights)
         self._train()
@@ -256,17 +301,23 @@ class Driver:
     def _on_learner_state(self, answer: Any) -> None:
         (arrays, state), weights = answer
         path = self.book.write_checkpoint(arrays, state)
+        self._state_is_asked = False
+        if self._evaluates_now():
+            self._is_evaluating = True
+            on_result = partial(self._on_evaluation, path, state["learner_steps"])
+            self._call(self.evaluator, self._evaluate(state, weights), on_result, EVALUATION_TIMEOUT_SECONDS)
+
+    def _evaluate(self, state: dict[str, Any], weights: Any) -> Any:
+        """The call for an evaluation of a checkpoint that was just written."""
         steps = state["learner_steps"]
         if self.evaluator.handle is None:  # its start would have slowed down that of the others
             self.evaluator.start()
-        self._evaluation_waits_for = self.evaluator
-        version, seeds = state["weights_version"], (self.config.run.seed, steps)
-        call = self.evaluator.handle.evaluate.remote(version, weights, seeds)
-        on_result = partial(self._on_evaluation, path, steps)
-        self._call(self.evaluator, call, on_result, EVALUATION_TIMEOUT_SECONDS)
+        self.book.begin_evaluation(steps)
+        seeds = (self.config.run.seed, steps)
+        return self.evaluator.handle.evaluate.remote(state["weights_version"], weights, seeds)
 
     def _on_evaluation(self, path: Path, steps: int, result: dict[str, Any]) -> None:
-        self._evaluation_waits_for = None
+        self._is_evaluating = False
         self.book.add_evaluation(result, path, steps)
 
     def _exchange(self) -> None:
@@ -279,7 +330,9 @@ class Driver:
             self._call(self.control, self.control.handle.exchange.remote(status), self._on_exchange)
         for index, role in enumerate(self.shards):
             if id(role) not in asked:
-                self._call(role, role.handle.flush.remote(), partial(self.shard_stats.__setitem__, index))
+                on_result = partial(self.shard_stats.__setitem__, index)
+                patience = CALL_TIMEOUT_SECONDS + self._recovery_seconds(role)
+                self._call(role, role.handle.flush.remote(), on_result, patience)
 
     def _on_exchange(self, desired: dict[str, Any]) -> None:
         self.num_desired_actors = desired["num_actors"]
@@ -293,8 +346,9 @@ class Driver:
         call: Any,
         on_result: Callable[[Any], object],
         timeout_seconds: float = CALL_TIMEOUT_SECONDS,
+        shows_work: bool = True,
     ) -> None:
-        self.calls[call] = Call(role, on_result, time.monotonic() + timeout_seconds)
+        self.calls[call] = Call(role, on_result, time.monotonic() + timeout_seconds, shows_work)
 
     def _handle_results(self) -> None:
         done, _ = ray.wait(list(self.calls), num_returns=1, timeout=0.1, fetch_local=False)
@@ -310,9 +364,8 @@ class Driver:
             except RayError as error:
                 self._replace(call.role, error)
             else:
-                call.role.failures_in_a_row = 0
-                call.role.has_answered = True
-                call.role.lost_at = None
+                if call.shows_work:
+                    call.role.has_worked()
                 call.on_result(result)
 
     def _replace(self, role: Role, error: BaseException) -> None:
@@ -321,13 +374,14 @@ class Driver:
         if role in self.shards:
             self._await_shard(role, error)
             return
-        role.failures_in_a_row += 1
-        if role.failures_in_a_row > MAX_FAILURES_IN_A_ROW:
-            raise RunError(f"the {role.name} failed {role.failures_in_a_row} times in a row, last: {error}")
+        if role.is_leaving:
+            ray.kill(role.handle)
+            return
+        role.has_failed(error)
         self._tell_lost(role, error)
         ray.kill(role.handle)
-        if role is self._evaluation_waits_for:
-            self._evaluation_waits_for = None
+        if role is self.evaluator:
+            self._is_evaluating = False
         if role is self.learner:
             self._start_learner()
         elif role is self.control:
@@ -348,11 +402,19 @@ class Driver:
         now = time.monotonic()
         if role.lost_at is None:
             role.lost_at = now
+            role.has_failed(error)
             self._tell_lost(role, error)
         if not isinstance(error, RayActorError):
             ray.kill(role.handle, no_restart=False)
-        if now - role.lost_at > SHARD_RESTART_SECONDS:
-            raise RunError(f"the {role.name} didn't come back in {SHARD_RESTART_SECONDS:g} s, last: {error}")
+        if (waited := now - role.lost_at) > SHARD_RESTART_SECONDS + self._recovery_seconds(role):
+            raise RunError(f"the {role.name} didn't come back in {waited:.0f} s, last: {error}")
+
+    def _recovery_seconds(self, shard: Role) -> float:
+        """How long a shard may read its logs before its first answer; 0 from then on."""
+        if shard.working_since is not None:
+            return 0.0
+        folder = self.book.folder.replay / f"shard_{self.shards.index(shard)}"
+        return folder_bytes(folder) / RECOVERY_BYTES_PER_SECOND
 
     def _tell_lost(self, role: Role, error: BaseException) -> None:
         short = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -363,32 +425,60 @@ class Driver:
             del self.calls[ready]
 
     def _end(self, evaluate: bool = False) -> None:
-        """Saves what was learnt last (evaluated, so that it can turn out to be the best) and what the shards hold."""
+        """Saves what actors, shards and learner still have. Raises RunError if what was learnt last is lost."""
         deadline = time.monotonic() + STOP_SECONDS
+        drained = self._ask_all("actors", [role.handle.drain.remote() for role in self.actors])
+        self._tell_undelivered(sum(drained.values()))
         flushes = [role.handle.flush.remote() for role in self.shards]
-        done, late = ray.wait(flushes, num_returns=len(flushes), timeout=STOP_SECONDS / 3)
-        if late:
+        self.shard_stats.update(self._ask_all("replay shards", flushes))
+        if self._steps:  # else the learner may not even have started
+            self._write_last_checkpoint(deadline, evaluate)
+
+    def _ask_all(self, whom: str, calls: list[Any]) -> dict[int, Any]:
+        """The answers by index, of those that answer within a third of the time there is."""
+        done = ray.wait(calls, num_returns=len(calls), timeout=STOP_SECONDS / 3)[0] if calls else []
+        answers = {}
+        for call in done:
+            with suppress(RayError):
+                answers[calls.index(call)] = ray.get(call)
+        if num_silent := len(calls) - len(answers):
             self.book.progress.message(
-                f"{len(late)} replay shards gave no answer in time; their logs are intact"
+                f"{num_silent} {whom} gave no answer at the end; what was acknowledged is on disk"
             )
-        try:
-            self.shard_stats.update((flushes.index(call), ray.get(call)) for call in done)
-            if self.book.state.learner.learner_steps:  # else the learner may not even have started
-                self._write_last_checkpoint(deadline, evaluate)
-        except RayError as error:
-            self.book.progress.message(f"the last checkpoint could not be written or evaluated: {error}")
+        return answers
 
     def _write_last_checkpoint(self, deadline: float, evaluate: bool) -> None:
-        state_call = self.learner.handle.state.remote()
-        (arrays, state), weights = ray.get(state_call, timeout=max(deadline - time.monotonic(), 1.0))
-        steps, version = state["learner_steps"], state["weights_version"]
-        self.book.state.add_learner_report(LearnerReport(steps, version))
+        call = self.learner.handle.state.remote()
+        try:
+            (arrays, state), weights = ray.get(call, timeout=max(deadline - time.monotonic(), 1.0))
+        except RayError as error:
+            raise RunError(
+                f"the last checkpoint could not be written, the learner gave no answer ({error}); "
+                "what it learnt since the one before is lost; resume goes on from there"
+            ) from None
+        self.book.add_learner_report(LearnerReport(state["learner_steps"], state["weights_version"]))
         path = self.book.write_checkpoint(arrays, state)
         if evaluate:
-            if self.evaluator.handle is None:
-                self.evaluator.start()
-            call = self.evaluator.handle.evaluate.remote(version, weights, (self.config.run.seed, steps))
-            self.book.add_evaluation(ray.get(call, timeout=CALL_TIMEOUT_SECONDS), path, steps)
+            self._evaluate_last(path, state, weights)
+
+    def _evaluate_last(self, path: Path, state: dict[str, Any], weights: Any) -> None:
+        """So that the last checkpoint can turn out to be the best. A request to stop is heard."""
+        call = self._evaluate(state, weights)
+        deadline = time.monotonic() + CALL_TIMEOUT_SECONDS
+        while not ray.wait([call], timeout=0.2)[0]:
+            if self.stop_requested() or time.monotonic() > deadline:
+                self.book.progress.message("the last checkpoint was not evaluated")
+                return
+        try:
+            self.book.add_evaluation(ray.get(call), path, state["learner_steps"])
+        except RayError as error:
+            self.book.progress.message(f"the last checkpoint could not be evaluated: {error}")
+
+
+def gpu_share(config: Config, num_gpus: int) -> float:
+    """Of a GPU, for each of the learner and the reanalysers that may use one: all of them find a place."""
+    on_gpu = (config.learner.device != "cpu") + num_reanalysers(config) * (config.reanalyse.device != "cpu")
+    return 1 / math.ceil(on_gpu / num_gpus) if num_gpus and on_gpu else 0
 
 
 def ignore(result: object) -> None:

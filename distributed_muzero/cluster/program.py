@@ -57,7 +57,10 @@ class made_at_first_use:
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class ReplayShardWorker:
-    """Everything runs in one event loop but the commits to the disk: the loop goes on sampling meanwhile."""
+    """Everything runs in one event loop but the commits of episodes: it goes on sampling while the disk syncs.
+
+    The journal's sync, some twice a second, stands in the loop.
+    """
 
     def __init__(self, config: Config, run_name: str, index: int, replay_folder: Path):
         self.make = lambda: Builder(config, run_name).replay_shard(index, replay_folder)
@@ -114,6 +117,11 @@ class ActorWorker:
         self.actor.set_weights(version, weights, learner_step)
         deadline = time.monotonic() + seconds
         return self.actor.play(self.outbox, lambda: time.monotonic() >= deadline, time.sleep)
+
+    def drain(self) -> int:
+        """Delivers what is finished, as far as the shards take it; returns how many episodes are left."""
+        self.outbox.flush(ActorReport())
+        return len(self.outbox)
 
 
 @ray.remote(num_cpus=0)

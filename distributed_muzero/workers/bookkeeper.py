@@ -14,10 +14,12 @@ from distributed_muzero.config import Config
 from distributed_muzero.errors import RunError
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.observability.recorder import Recorder
-from distributed_muzero.run_folder import RunFolder
-from distributed_muzero.workers.run_state import ActorReport, RunState
+from distributed_muzero.run_folder import FIRST_LAUNCH, Launch, RunFolder
+from distributed_muzero.workers.run_state import ActorReport, LearnerReport, RunState
 
 TICK_SECONDS = 1.0
+# Weights versions are written down as given before they are, so many at once; a kill leaves the rest unused.
+RESERVED_VERSIONS = 100
 INCARNATIONS_A_LAUNCH = 10**6
 
 
@@ -30,9 +32,9 @@ class Bookkeeper:
         folder: RunFolder,
         progress: Progress,
         clock: Callable[[], float] = time.monotonic,
-        launch: int = 0,
+        launch: Launch = FIRST_LAUNCH,
     ):
-        """launch: how often the run was started before; from 1 on, counts go on where they stood."""
+        """launch: from number 1 on, counts go on where they stood."""
         self.config = config
         self.folder = folder
         self.progress = progress
@@ -40,25 +42,28 @@ class Bookkeeper:
         self._clock = clock
         self._recorder = Recorder(folder)
         self._next_tick = clock() + TICK_SECONDS
-        self._last_evaluation = clock()
-        self._evaluated_step = 0
+        self._last_evaluation = self._last_checkpoint = clock()
+        self._evaluated_step = self._saved_step = 0
         self._best_return = -np.inf
         self._shown_rejections: set[str] = set()
         self.launch = launch
         self._last_stand: tuple[Sequence[Mapping[str, float]], int, int, int] = ((), 0, 0, 0)
-
-        if launch:
+        # Of this launch's weights: a version is never given to two sets of weights.
+        self.first_version = launch.first_version
+        if launch.number:
             self._go_on()
-
-    @property
-    def first_version(self) -> int:
-        """Of the weights that this launch begins with: a version is never given to two sets of weights."""
-        return self.state.learner.weights_version + 1 if self.launch else 0
+            self.first_version = max(self.first_version, self.state.learner.weights_version + 1)
+        self._reserved_versions = 0
+        self._reserve_versions(self.first_version + RESERVED_VERSIONS)
 
     @property
     def first_incarnation(self) -> int:
         """Of this launch's actors: ids that they give are never given again."""
-        return self.launch * INCARNATIONS_A_LAUNCH
+        return self.launch.number * INCARNATIONS_A_LAUNCH
+
+    def _reserve_versions(self, end: int) -> None:
+        self._reserved_versions = end
+        self.folder.reserve_versions(self.launch, end)
 
     def _go_on(self) -> None:
         """Takes the counts of earlier launches: of the last second where that can be read."""
@@ -72,8 +77,8 @@ class Bookkeeper:
             max((counts.get(name, 0) for counts in known), default=0)
             for name in ("env_steps", "episodes", "weights_version")
         )
-        self._evaluated_step = saved.step if saved else 0
-        self.state.restore(env_steps, episodes, self._evaluated_step, version)
+        self._evaluated_step = self._saved_step = saved.step if saved else 0
+        self.state.restore(env_steps, episodes, self._saved_step, version)
         best = checkpoint.best_checkpoint(self.folder.checkpoints)
         if best is not None:
             self._best_return = best.mean_return
@@ -85,6 +90,11 @@ class Bookkeeper:
         if kind and kind not in self._shown_rejections:
             self._shown_rejections.add(kind)
             self.progress.message(report.last_rejection)
+
+    def add_learner_report(self, report: LearnerReport) -> None:
+        self.state.add_learner_report(report)
+        if report.weights_version > self._reserved_versions - RESERVED_VERSIONS // 2:
+            self._reserve_versions(report.weights_version + RESERVED_VERSIONS)
 
     def tick(
         self,
@@ -115,12 +125,17 @@ class Bookkeeper:
         waited = self._clock() - self._last_evaluation >= self.config.evaluator.interval_seconds
         return waited and learner_steps > self._evaluated_step
 
+    def checkpoint_is_due(self, learner_steps: int) -> bool:
+        """Whether too much would be lost with the learner."""
+        waited = self._clock() - self._last_checkpoint >= self.config.learner.checkpoint_seconds
+        return waited and learner_steps > self._saved_step
+
     def write_checkpoint(
         self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any]
     ) -> Path:
-        """Writes what `Learner.state()` gave and prunes old ones. Its evaluation is under way from now on."""
+        """Writes what `Learner.state()` gave and prunes old ones."""
         step = int(state["learner_steps"])
-        self._last_evaluation, self._evaluated_step = self._clock(), step
+        self._last_checkpoint, self._saved_step = self._clock(), step
         path = checkpoint.write_checkpoint(
             self.folder.checkpoints,
             step,
@@ -135,6 +150,10 @@ class Bookkeeper:
         )
         checkpoint.prune_checkpoints(self.folder.checkpoints, self.config.learner.keep_checkpoints)
         return path
+
+    def begin_evaluation(self, learner_steps: int) -> None:
+        """The checkpoint of so many steps is being evaluated from now on."""
+        self._last_evaluation, self._evaluated_step = self._clock(), learner_steps
 
     def add_evaluation(self, result: Mapping[str, Any], path: Path, learner_steps: int) -> None:
         """Records an evaluation of the checkpoint at `path`; the best one so far is kept from pruning."""
@@ -169,5 +188,7 @@ class Bookkeeper:
 
     def close(self, status: str) -> None:
         """The last lines: `status` is finished, stopped or failed."""
+        if status != "failed":
+            self._reserve_versions(self.state.learner.weights_version + 1)
         self.write_status(status, self._record())
         self._recorder.close()

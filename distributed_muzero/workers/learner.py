@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -27,6 +28,9 @@ ADAM = ("step", "exp_avg", "exp_avg_sq")
 IN_THE_VECTOR = (torch.float32, torch.float16, torch.bfloat16)  # kept exactly by a float32 vector
 
 logger = logging.getLogger(__name__)
+
+# What comes through the object store is read-only and isn't copied: nothing here writes to it.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]  # file stem -> name -> array
 
@@ -233,8 +237,6 @@ class Learner:
             )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        # What comes through the object store is read-only; torch only warns, and nothing here writes to it.
-        array = array if array.flags.writeable else array.copy()
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
 

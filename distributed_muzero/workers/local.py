@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 from distributed_muzero import checkpoint
 from distributed_muzero.config import Config
@@ -46,23 +47,27 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
             for reanalyser in reanalysers:
                 reanalyser.set_weights(*learner.weights())
                 book.state.add_reanalyse_report(reanalyse(reanalyser, shards))
-            book.state.add_learner_report(learner.learn(ready_batches(shards), give_back))
+            book.add_learner_report(learner.learn(ready_batches(shards), give_back))
             stats = [shard.stats() for shard in shards]
             if book.tick(stats, num_desired=len(actors), num_actors=len(actors)):
                 for shard in shards:
                     shard.flush()
-            reason = book.state.stop_reason() or ("a stop was asked for" if stop_requested() else None)
+            if stop_requested():
+                save(learner, book)
+                return "a stop was asked for"
+            reason = book.state.stop_reason()
             if book.evaluation_is_due(learner.num_steps) or (reason and learner.num_steps):
                 evaluate(learner, evaluator, book)
                 reason = reason or book.state.stop_reason()
+            elif book.checkpoint_is_due(learner.num_steps):
+                save(learner, book)
             if reason:
                 return reason
     finally:
-        for shard in shards:
-            shard.close()
-        for actor in actors:
-            actor.close()
-        evaluator.close()
+        with ExitStack() as stack:  # each is closed, also when another can't be
+            closes = [evaluator.close, *(actor.close for actor in actors), *(shard.close for shard in shards)]
+            for close in closes:
+                stack.callback(close)
 
 
 def reanalyse(reanalyser: Reanalyser, shards: list[ReplayShard]) -> ReanalyseReport:
@@ -84,10 +89,17 @@ def ready_batches(shards: list[ReplayShard]) -> Iterator[Batch]:
         yield from batches
 
 
+def save(learner: Learner, book: Bookkeeper) -> None:
+    """Writes a checkpoint, if there is anything to lose."""
+    if learner.num_steps:
+        book.write_checkpoint(*learner.state())
+
+
 def evaluate(learner: Learner, evaluator: Evaluator, book: Bookkeeper) -> None:
     """Writes a checkpoint and plays with just what it holds."""
     arrays, state = learner.state()
     path = book.write_checkpoint(arrays, state)
+    book.begin_evaluation(learner.num_steps)
     evaluator.set_weights(*learner.weights())
     config = evaluator.config
     seeds = (config.run.seed, learner.num_steps)

@@ -13,7 +13,7 @@ from distributed_muzero.config import make_config
 from distributed_muzero.errors import RunError
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.replay.inspection import list_all_held
-from distributed_muzero.run_folder import create_run, open_run
+from distributed_muzero.run_folder import Launch, create_run, open_run
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.local import train
 
@@ -88,14 +88,14 @@ def test_a_run_without_its_last_checkpoints_goes_on_from_an_earlier_one(run):
     assert kept.path.exists()
     third, before = launch(run, 80)
     assert before[1] == kept.step and third.state.learner.learner_steps >= 80
-    assert third.launch == 2
+    assert third.launch.number == 2
 
 
 def test_the_best_so_far_is_known_to_the_next_launch(run):
     launch(run, 20)
     best = checkpoint.best_checkpoint(run.checkpoints)
     with Progress(limits=run.config.run) as progress:
-        book = Bookkeeper(run.config, run, progress, launch=1)
+        book = Bookkeeper(run.config, run, progress, launch=Launch(1, 0))
         worse = {"mean_return": best.mean_return - 1, "std_return": 0.0, "returns": [0.0], "episodes": 1}
         book.add_evaluation(worse, checkpoint.latest_checkpoint(run.checkpoints).path, 20)
         book.close("stopped")
