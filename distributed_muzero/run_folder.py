@@ -200,6 +200,7 @@ def create_run(runs_dir: Path | str, name: str | None, config: Config) -> RunFol
     unnamed = path.with_name(f".creating-{chosen}-{os.getpid()}")
     try:
         root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unnamed, ignore_errors=True)
         unnamed.mkdir()
         for folder in ("tensorboard", "checkpoints", "replay"):
             (unnamed / folder).mkdir()

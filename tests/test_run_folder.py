@@ -1,12 +1,21 @@
 import datetime
 import json
 import time
+from pathlib import Path
 
 import pytest
 
+from distributed_muzero import run_folder
 from distributed_muzero.config import Config, make_config
 from distributed_muzero.errors import RunError
-from distributed_muzero.run_folder import create_run, default_run_name, open_run, run_names
+from distributed_muzero.run_folder import (
+    FIRST_LAUNCH,
+    Launch,
+    create_run,
+    default_run_name,
+    open_run,
+    run_names,
+)
 
 ODD = make_config(
     {
@@ -132,6 +141,50 @@ def test_default_name_is_environment_time_seed():
 
 def test_runs_without_a_name_never_meet(tmp_path):
     assert len({create_run(tmp_path, None, Config()).name for _ in range(5)}) == 5
+
+
+def test_launches_are_counted_and_begin_above_all_reserved_versions(tmp_path):
+    run = create_run(tmp_path, "r", ODD)
+    first = run.begin_launch()
+    assert first == FIRST_LAUNCH
+    run.reserve_versions(first, 100)
+    run.reserve_versions(first, 200)
+    assert run.begin_launch() == Launch(1, 200)
+    assert open_run(run.path).begin_launch() == Launch(2, 200)
+
+
+def test_a_run_of_a_version_that_did_not_count_launches_is_no_new_one(tmp_path):
+    run = create_run(tmp_path, "r", ODD)
+    (run.checkpoints / "step_00000010").mkdir()
+    assert run.begin_launch() == Launch(1, 0)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"launches": "x"}', '{"versions": null}'])
+def test_launches_that_can_not_be_read_are_a_run_error(tmp_path, content):
+    run = create_run(tmp_path, "r", ODD)
+    run.launches_file.write_text(content)
+    with pytest.raises(RunError, match=r"launches\.json"):
+        run.begin_launch()
+
+
+def test_a_kill_while_a_run_is_made_leaves_its_name_free(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_folder, "write_atomically", killed)
+        create_run(tmp_path, "r", ODD)
+    assert run_names(tmp_path) == []
+    assert create_run(tmp_path, "r", ODD).name == "r"
+
+
+def test_datasets_to_import_are_remembered_until_they_are_in(tmp_path):
+    run = create_run(tmp_path, "r", ODD)
+    assert run.read_datasets() == []
+    run.write_datasets([tmp_path / "a.parquet", Path("b")])
+    assert open_run(run.path).read_datasets() == [tmp_path / "a.parquet", Path.cwd() / "b"]
+    run.write_datasets([])
+    assert run.read_datasets() == []
 
 
 def test_status_is_replaced_whole(tmp_path):

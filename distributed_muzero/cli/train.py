@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from distributed_muzero.run_folder import RunFolder
 
 FINAL_EVALUATION_STREAM = 10**12  # no evaluation during training used these seeds: theirs are learner steps
-OFFLINE = {"actor": {"num_actors": 0}, "reanalyse": {"ratio": 1.0}}
+OFFLINE: dict[str, dict[str, Any]] = {
+    "actor": {"num_actors": 0},
+    "reanalyse": {"ratio": 1.0},
+    # Rewards further on are those of the policy that played; a new search's value replaces them.
+    "algorithm": {"td_steps": 5},
+}
 
 
 class Resume(StrEnum):
@@ -153,11 +158,14 @@ def run_training(
     """Makes the run's folder, or opens it if it `may_exist`, fills it with the datasets' episodes, and trains."""
     from distributed_muzero.environments.registry import make_environment
     from distributed_muzero.networks.registry import check_name
+    from distributed_muzero.replay.dataset import open_sources
     from distributed_muzero.run_folder import create_run, open_run, run_names
 
     # What can't be made must not leave a run's folder behind.
     check_name(config.network.name)
     make_environment(config.environment).close()
+    for path in datasets:
+        open_sources(path)
     if may_exist and name in run_names(runs_dir):
         folder = open_run(name, runs_dir)
     else:
@@ -178,7 +186,7 @@ def train_in(folder: RunFolder, config: Config, in_process: bool, datasets: Sequ
 
     with folder.locked(), Progress(limits=config.run) as progress, stop_on_signal(progress) as stop:
         folder = folder.change_config(config)
-        import_stored(folder, datasets, progress.message)
+        import_stored(folder, datasets or folder.read_datasets(), progress.message, stop.is_set)
         book = Bookkeeper(config, folder, progress, launch=folder.begin_launch())
         progress.message(f"run {folder.name} in {folder.path}")
         if book.launch:
@@ -204,14 +212,33 @@ def train_in(folder: RunFolder, config: Config, in_process: bool, datasets: Sequ
         print_result(evaluate_run(folder, config.evaluator.num_episodes, seeds, None))
 
 
-def import_stored(folder: RunFolder, datasets: Sequence[Path], tell: Callable[[str], None]) -> None:
-    """Puts the datasets' episodes into the run's replay; those that it holds already are not stored twice."""
+def import_stored(
+    folder: RunFolder,
+    datasets: Sequence[Path],
+    tell: Callable[[str], None],
+    stop_requested: Callable[[], bool],
+) -> None:
+    """Puts the datasets' episodes into the run's replay; those that it holds already are not stored twice.
+
+    What a stop or a kill leaves out is imported when the run goes on. Raises RunError if nothing can be learnt from.
+    """
     if not datasets:
         return
+    folder.write_datasets(datasets)
     from distributed_muzero.replay.dataset import import_datasets
     from distributed_muzero.workers.builder import Builder
 
-    counts = import_datasets(datasets, folder.replay, Builder(folder.config, folder.name))
+    counts = import_datasets(datasets, folder.replay, Builder(folder.config, folder.name), stop_requested)
+    if stop_requested():
+        tell("the import was stopped; it goes on when the run does")
+        return
+    if not counts.stored + counts.duplicates:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in counts.rejected.items())
+        raise RunError(
+            f"none of the {counts.offered} stored episodes can be learnt from ({reasons}); "
+            "choose other datasets, or settings that fit them"
+        )
+    folder.write_datasets([])
     tell(
         f"{counts.offered} stored episodes: {counts.stored} new ({counts.stored_transitions} transitions), "
         f"{counts.duplicates} known, {sum(counts.rejected.values())} refused"

@@ -74,13 +74,13 @@ class Role:
         self.handle = self.make(self.first_incarnation + self.num_starts)
         self.num_starts += 1
 
-    def has_worked(self) -> None:
-        self.working_since = self.working_since or time.monotonic()
+    def has_worked(self, now: float) -> None:
+        self.working_since = now if self.working_since is None else self.working_since
         self.lost_at = None
 
-    def has_failed(self, error: BaseException) -> None:
+    def has_failed(self, error: BaseException, now: float) -> None:
         """Raises RunError after too many failures with little work between them."""
-        if self.working_since is not None and time.monotonic() - self.working_since > STEADY_SECONDS:
+        if self.working_since is not None and now - self.working_since > STEADY_SECONDS:
             self.failures_in_a_row = 0
         self.working_since = None
         self.failures_in_a_row += 1
@@ -293,7 +293,7 @@ class Driver:
     def _on_train(self, report: LearnerReport, weights: Any) -> None:
         self.book.add_learner_report(report)
         if report.metrics:  # else it found no batches, and has yet to show that it can learn
-            self.learner.has_worked()
+            self.learner.has_worked(time.monotonic())
         if self.published is None or report.weights_version > self.published.version:
             self.published = Published(report.weights_version, report.learner_steps, weights)
         self._train()
@@ -365,7 +365,7 @@ class Driver:
                 self._replace(call.role, error)
             else:
                 if call.shows_work:
-                    call.role.has_worked()
+                    call.role.has_worked(time.monotonic())
                 call.on_result(result)
 
     def _replace(self, role: Role, error: BaseException) -> None:
@@ -377,7 +377,7 @@ class Driver:
         if role.is_leaving:
             ray.kill(role.handle)
             return
-        role.has_failed(error)
+        role.has_failed(error, time.monotonic())
         self._tell_lost(role, error)
         ray.kill(role.handle)
         if role is self.evaluator:
@@ -402,7 +402,7 @@ class Driver:
         now = time.monotonic()
         if role.lost_at is None:
             role.lost_at = now
-            role.has_failed(error)
+            role.has_failed(error, now)
             self._tell_lost(role, error)
         if not isinstance(error, RayActorError):
             ray.kill(role.handle, no_restart=False)

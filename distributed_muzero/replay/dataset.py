@@ -355,11 +355,18 @@ def open_sources(path: Path) -> list[Source]:
     )
 
 
-def import_datasets(paths: Sequence[Path], folder: Path, builder: ShardMaker) -> ImportCounts:
+def never() -> bool:
+    return False
+
+
+def import_datasets(
+    paths: Sequence[Path], folder: Path, builder: ShardMaker, stop_requested: Callable[[], bool] = never
+) -> ImportCounts:
     """Puts the episodes of all datasets into the shards under a run's replay `folder`, as if they had been played.
 
     Each is stored once, however often it comes. Checks all datasets before it changes anything: raises RunError
-    for one that doesn't fit the builder's environment, LogError while the run goes on.
+    for one that doesn't fit the builder's environment, LogError while the run goes on. When a stop is requested, what
+    was counted is stored, and the rest isn't.
     """
     sources = [source for path in paths for source in open_sources(path)]
     expected = _facts_of_spec(builder.spec)
@@ -372,7 +379,7 @@ def import_datasets(paths: Sequence[Path], folder: Path, builder: ShardMaker) ->
         for index in range(num_shards):
             shards.append(builder.replay_shard(index, folder))
             stack.callback(shards[-1].close)
-        return _insert_all(sources, shards)
+        return _insert_all(sources, shards, stop_requested)
 
 
 def _open_replay(replay: Path) -> Source:
@@ -392,12 +399,16 @@ def _check_nobody_writes(folder: Path, config: Config) -> None:
         ReplayLog(log, config.replay.segment_bytes, LOCK_SECONDS).close()
 
 
-def _insert_all(sources: Sequence[Source], shards: Sequence[Shard]) -> ImportCounts:
+def _insert_all(
+    sources: Sequence[Source], shards: Sequence[Shard], stop_requested: Callable[[], bool]
+) -> ImportCounts:
     rejects, evicted = _sum_rejects(shards), _sum_stat(shards, "evicted_transitions")
     transitions = _sum_stat(shards, "inserted_transitions")
     statuses: Counter[str] = Counter()
     for source in sources:
-        for group in _groups(source.read(), INSERT_BYTES):
+        for group in itertools.takewhile(
+            lambda _: not stop_requested(), _groups(source.read(), INSERT_BYTES)
+        ):
             # Versions count the weights of one run: what another one knew is older than anything here.
             episodes = [replace(stored.episode, weights_version=0) for stored in group]
             statuses.update(_insert(episodes, shards))

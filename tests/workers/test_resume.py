@@ -16,6 +16,7 @@ from distributed_muzero.replay.inspection import list_all_held
 from distributed_muzero.run_folder import Launch, create_run, open_run
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.local import train
+from distributed_muzero.workers.run_state import LearnerReport
 
 SMALL = {
     "environment": {"id": "chain"},
@@ -100,6 +101,41 @@ def test_the_best_so_far_is_known_to_the_next_launch(run):
         book.add_evaluation(worse, checkpoint.latest_checkpoint(run.checkpoints).path, 20)
         book.close("stopped")
     assert checkpoint.best_checkpoint(run.checkpoints) == best
+
+
+def test_no_version_is_given_twice_though_the_last_status_was_old(run):
+    launch(run, 20)
+    with Progress(limits=run.config.run) as progress:
+        killed = Bookkeeper(run.config, run, progress, launch=run.begin_launch())
+        killed.write_status("running", {})
+        for version in range(killed.first_version, killed.first_version + 500):  # published, in no status
+            killed.add_learner_report(LearnerReport(1000, version))
+        killed.close("failed")
+        resumed = Bookkeeper(run.config, run, progress, launch=run.begin_launch())
+        resumed.close("stopped")
+    assert version < resumed.first_version <= version + 100
+
+
+def test_an_orderly_end_leaves_no_gap_between_versions(run):
+    first, _ = launch(run, 20)
+    with Progress(limits=run.config.run) as progress:
+        resumed = Bookkeeper(run.config, run, progress, launch=run.begin_launch())
+        resumed.close("stopped")
+    assert resumed.first_version == first.state.learner.weights_version + 1
+
+
+def test_checkpoints_are_due_by_time_while_an_evaluation_takes_long(run):
+    clock = iter(range(0, 10_000, 20)).__next__  # each look takes 20 s
+    with Progress(limits=run.config.run) as progress:
+        book = Bookkeeper(run.config, run, progress, clock)
+        assert not book.checkpoint_is_due(0)  # nothing was learnt
+        assert book.checkpoint_is_due(5)
+        arrays = {"weights": {"w": np.zeros(2, np.float32)}}
+        book.write_checkpoint(arrays, {"learner_steps": 5, "weights_version": 1})
+        assert not book.checkpoint_is_due(6)  # 20 s after it
+        assert not book.checkpoint_is_due(5)
+        assert book.checkpoint_is_due(6)
+        book.close("stopped")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""The driver's rules, without a cluster."""
+
+from __future__ import annotations
+
+import pytest
+
+from distributed_muzero.cluster.driver import MAX_FAILURES_IN_A_ROW, STEADY_SECONDS, Role, gpu_share
+from distributed_muzero.config import make_config
+from distributed_muzero.errors import RunError
+
+LOST = RuntimeError("out of memory")
+
+
+def fail(role, times, now=0.0):
+    for _ in range(times):
+        role.has_failed(LOST, now)
+
+
+def test_a_part_that_keeps_failing_ends_the_run_and_says_why():
+    role = Role("learner", lambda _: None)
+    fail(role, MAX_FAILURES_IN_A_ROW)
+    with pytest.raises(RunError, match="the learner failed 6 times in a row, last: out of memory"):
+        role.has_failed(LOST, 0.0)
+
+
+def test_a_little_work_between_failures_forgives_none_of_them():
+    role = Role("learner", lambda _: None)
+    with pytest.raises(RunError, match="6 times in a row"):
+        for turn in range(2 * MAX_FAILURES_IN_A_ROW):
+            role.has_worked(100.0 * turn)
+            role.has_failed(LOST, 100.0 * turn + STEADY_SECONDS)
+
+
+def test_steady_work_forgives_earlier_failures():
+    role = Role("actor 3", lambda _: None)
+    for turn in range(3):
+        fail(role, MAX_FAILURES_IN_A_ROW - 1, 100.0 * turn)
+        role.has_worked(100.0 * turn + 1)
+        role.has_worked(100.0 * turn + 20)  # work is counted from its first answer
+        role.has_failed(LOST, 100.0 * turn + 1.1 + STEADY_SECONDS)
+        assert role.failures_in_a_row == 1
+
+
+def test_a_pause_without_work_forgives_nothing():
+    role = Role("learner", lambda _: None)
+    with pytest.raises(RunError, match="6 times in a row"):
+        for turn in range(2 * MAX_FAILURES_IN_A_ROW):
+            role.has_failed(LOST, 120.0 * turn)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "learner", "reanalyse", "num_workers", "share"),
+    [
+        (0, "auto", "auto", 1, 0),
+        (1, "auto", "cpu", 3, 1),
+        (1, "cpu", "cpu", 1, 0),
+        (1, "auto", "auto", 1, 1 / 2),
+        (1, "cuda", "cuda", 3, 1 / 4),
+        (2, "auto", "auto", 2, 1 / 2),  # a third of each GPU would find no place for all three
+        (4, "auto", "cuda", 2, 1),
+    ],
+)
+def test_everybody_who_uses_a_gpu_finds_a_place_on_one(num_gpus, learner, reanalyse, num_workers, share):
+    sections = {
+        "environment": {"id": "chain"},
+        "learner": {"device": learner},
+        "reanalyse": {"ratio": 0.5, "device": reanalyse, "num_workers": num_workers},
+    }
+    assert gpu_share(make_config(sections), num_gpus) == share
