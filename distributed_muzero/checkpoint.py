@@ -3,8 +3,9 @@
     checkpoints/step_00001000/{weights.safetensors, optimizer.safetensors, …, state.json, manifest.json, DONE}
     checkpoints/best.json       the step whose evaluation was the best; pruning spares it
 
-manifest.json holds size and sha256 of every file, DONE the sha256 of manifest.json: no bit goes unwatched.
-All of it is written under another name, DONE last, and then renamed: a kill leaves a whole checkpoint or none.
+manifest.json holds size and sha256 of every file, DONE the sha256 of manifest.json, best.json its own: no bit
+goes unwatched. A checkpoint is written under another name, DONE last, and then renamed: a kill leaves a whole one
+or none. One of a format that isn't read here is refused, never skipped, removed or replaced.
 
 Format 1 holds weights and optimizer; format 2 also the states of the generators, the settings, and whatever
 other files a writer adds. Both are laid out alike: a reader fills in what format 1 lacks.
@@ -18,14 +19,15 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
 
-from distributed_muzero.errors import CheckpointError
+from distributed_muzero.errors import CheckpointError, CheckpointFormatError
 from distributed_muzero.files import sync_folder, write_atomically, write_synced
 
 FORMAT_VERSION = 2
@@ -37,6 +39,10 @@ LEFTOVER = ".leftover-"  # prefix of folders that are being written or removed
 logger = logging.getLogger(__name__)
 
 Tensors = dict[str, dict[str, np.ndarray]]  # file stem -> name -> array
+Stamp = tuple[tuple[str, int, int, int], ...]  # of each file: name, size, time of change, inode
+
+# What this process wrote or verified, as it looked then: not hashed again to decide what may be pruned.
+_verified: dict[Path, Stamp] = {}
 
 
 class Checkpoint(NamedTuple):
@@ -49,6 +55,7 @@ class Checkpoint(NamedTuple):
 class Best(NamedTuple):
     step: int
     mean_return: float
+    weights_sha256: str | None = None  # None: marked by a version that didn't note it
 
 
 def write_checkpoint(
@@ -58,11 +65,15 @@ def write_checkpoint(
 
     tensors: file stem (`weights`, `optimizer`) -> name -> array.   state: what JSON can hold, no NaN.
     A checkpoint of the same step is replaced once the new one is complete. Raises CheckpointError when
-    something can't be stored or the disk refuses; earlier checkpoints stay as they were.
+    something can't be stored or the disk refuses, and CheckpointFormatError when the step's checkpoint is of a
+    format that isn't read here; earlier checkpoints stay as they were.
     """
     files = _serialize(tensors, state)
     manifest = _manifest(step, files)
     path = _checkpoint_path(folder, step)
+    for existing in (path, _replaced(path)):
+        if refusal := _format_error(existing):
+            raise refusal
     temporary = folder / f"{LEFTOVER}writing-{path.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,6 +85,7 @@ def write_checkpoint(
         _set_aside(path)
         temporary.rename(path)
         sync_folder(folder)
+        _verified[path] = _stamp(path)
         _remove(_replaced(path))
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs its space back
@@ -85,29 +97,37 @@ def write_checkpoint(
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Verifies every file of a checkpoint, then loads it. Raises CheckpointError: missing, incomplete,
-    corrupt, or written in another format."""
-    step, files = _verify(path)
-    try:
-        state = json.loads(files.pop("state.json"))
-        tensors = {
-            name.removesuffix(".safetensors"): safetensors.numpy.load(data) for name, data in files.items()
-        }
-    except Exception as error:  # its checksums hold, so it was written like this
-        raise _corrupt(path, f"its files can't be parsed ({error})") from error
-    return Checkpoint(path, step, tensors, state)
+    """Loads a checkpoint; of each file the very bytes whose checksum holds. Raises CheckpointError: missing,
+    incomplete or corrupt; CheckpointFormatError: of a format that isn't read here."""
+    tensors: Tensors = {}
+    state: dict[str, Any] = {}
+    with _verifying(path):
+        manifest = _read_manifest(path)
+        for name, entry in manifest["files"].items():
+            data = _read_verified(path / name, entry)
+            try:
+                if name == "state.json":
+                    state = json.loads(data)
+                else:
+                    tensors[name.removesuffix(".safetensors")] = safetensors.numpy.load(data)
+            except Exception as error:  # its checksum holds, so it was written like this
+                raise _corrupt(path, f"{name} can't be parsed ({error})") from error
+    return Checkpoint(path, manifest["step"], tensors, state)
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that is intact; None if none was ever written.
 
     Every newer one that had to be skipped is logged as a warning. Raises CheckpointError, with all reasons,
-    if there are checkpoints but no intact one.
+    if there are checkpoints but no intact one; CheckpointFormatError if the newest that isn't damaged is of a
+    format that isn't read here.
     """
     reasons = []
     for path in _checkpoint_folders(folder):
         try:
             checkpoint = read_checkpoint(path)
+        except CheckpointFormatError:
+            raise
         except CheckpointError as error:
             reasons.append(str(error))
             continue
@@ -122,13 +142,14 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
 def prune_checkpoints(folder: Path, keep: int) -> list[Path]:
     """Removes what is older than the last `keep` intact checkpoints, but the best; returns what it removed.
 
-    A corrupt one doesn't count, so that there is always one to fall back to. An unreadable best.json stops
-    pruning: it is better to hold too many than to lose the best.
+    A corrupt one doesn't count, so that there is always one to fall back to. One of a format that isn't read here
+    doesn't count and stays. A damaged best.json stops pruning: it is better to hold too many than to lose the best.
+    What the disk doesn't let go stays, with a warning.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     try:
-        best = best_checkpoint(folder)
+        best = _read_best(folder)
     except CheckpointError as error:
         logger.warning("kept all checkpoints: %s", error)
         return []
@@ -137,19 +158,25 @@ def prune_checkpoints(folder: Path, keep: int) -> list[Path]:
     if len(kept) < keep:
         return []
     spared = _checkpoint_path(folder, best.step) if best else None
-    removed = [path for path in paths if path != spared and _order(path) < _order(kept[-1])]
-    for path in removed:
-        _remove(path)
+    removed = []
+    for path in paths:
+        if path != spared and _order(path) < _order(kept[-1]) and not _format_error(path):
+            try:
+                _remove(path)
+                removed.append(path)
+            except OSError as error:
+                logger.warning("the old checkpoint %s stays, it can't be removed: %s", path, error)
     return removed
 
 
 def mark_best(folder: Path, step: int, mean_return: float) -> None:
     """Points best.json at a step's checkpoint. Raises CheckpointError if that isn't complete."""
-    if not (_checkpoint_path(folder, step) / "DONE").exists():
-        raise CheckpointError(f"step {step} can't be the best: {folder} holds no complete checkpoint of it")
-    data = json.dumps({"step": step, "mean_return": float(mean_return)}, allow_nan=False)
     try:
-        write_atomically(folder / "best.json", data.encode())
+        weights = _weights_sha256(_checkpoint_path(folder, step))
+    except CheckpointError as error:
+        raise CheckpointError(f"step {step} can't be the best: {error}") from error
+    try:
+        write_atomically(folder / "best.json", _seal(Best(step, float(mean_return), weights)._asdict()))
     except OSError as error:
         raise CheckpointError(
             f"can't write {folder / 'best.json'}: {error}; the old one is intact"
@@ -157,14 +184,23 @@ def mark_best(folder: Path, step: int, mean_return: float) -> None:
 
 
 def best_checkpoint(folder: Path) -> Best | None:
-    """The step that was marked best; None if none was. Raises CheckpointError if best.json can't be read."""
+    """The step that was marked best; None if none was.
+
+    None also, with a warning, if best.json is damaged or the step's checkpoint is gone or holds other weights now.
+    Raises CheckpointFormatError if that checkpoint is of a format that isn't read here.
+    """
     try:
-        pointer = json.loads((folder / "best.json").read_text(encoding="utf-8"))
-        return Best(int(pointer["step"]), float(pointer["mean_return"]))
-    except FileNotFoundError:
+        best = _read_best(folder)
+        if best is not None:
+            path = _checkpoint_path(folder, best.step)
+            if best.weights_sha256 not in (None, _weights_sha256(path)):
+                raise CheckpointError(f"{path} holds other weights than those that were marked best")
+    except CheckpointFormatError:
+        raise
+    except CheckpointError as error:
+        logger.warning("the best checkpoint can't be used, going on as if none was marked: %s", error)
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"can't read {folder / 'best.json'} ({error}); remove it") from error
+    return best
 
 
 def best_or_latest(folder: Path) -> Checkpoint | None:
@@ -172,13 +208,44 @@ def best_or_latest(folder: Path) -> Checkpoint | None:
 
     A best one that can't be used is logged as a warning. Raises CheckpointError as `latest_checkpoint` does.
     """
-    try:
-        best = best_checkpoint(folder)
-        if best is not None:
+    best = best_checkpoint(folder)
+    if best is not None:
+        try:
             return read_checkpoint(_checkpoint_path(folder, best.step))
-    except CheckpointError as error:
-        logger.warning("the best checkpoint can't be used, taking the latest: %s", error)
+        except CheckpointFormatError:
+            raise
+        except CheckpointError as error:
+            logger.warning("the best checkpoint can't be used, taking the latest: %s", error)
     return latest_checkpoint(folder)
+
+
+def _read_best(folder: Path) -> Best | None:
+    """What best.json says, whether or not its checkpoint is there. Raises CheckpointError if it is damaged."""
+    path = folder / "best.json"
+    try:
+        data = path.read_bytes()
+        content = json.loads(data)
+        if content.keys() != {"step", "mean_return"}:  # as it was before it held a checksum
+            del content["sha256"]
+            if data != _seal(content):
+                raise CheckpointError(f"{path} has changed (sha256 differs); restore it or remove it")
+        return Best(int(content["step"]), float(content["mean_return"]), content.get("weights_sha256"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"can't read {path} ({error}); restore it or remove it") from error
+
+
+def _seal(content: Mapping[str, Any]) -> bytes:
+    """As JSON, with the sha256 of all else at the end."""
+    checksum = _sha256(json.dumps(content, allow_nan=False).encode())
+    return json.dumps({**content, "sha256": checksum}, allow_nan=False).encode()
+
+
+def _weights_sha256(path: Path) -> str | None:
+    """Of a checkpoint's weights, by its manifest."""
+    entry = _read_manifest(path)["files"].get("weights.safetensors")
+    return entry and entry["sha256"]
 
 
 def _serialize(tensors: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any]) -> dict[str, bytes]:
@@ -204,19 +271,34 @@ def _manifest(step: int, files: Mapping[str, bytes]) -> bytes:
     return json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": entries}, indent=2).encode()
 
 
-def _verify(path: Path) -> tuple[int, dict[str, bytes]]:
-    """The step and the content of every file, once all checksums hold."""
-    manifest = _read_manifest(path)
-    files = {name: _read_verified(path / name, entry) for name, entry in manifest["files"].items()}
-    return manifest["step"], files
-
-
 def _is_intact(path: Path) -> bool:
     try:
-        _verify(path)
+        manifest = _read_manifest(path)
+        if path not in _verified or _verified[path] != _stamp(path):
+            with _verifying(path):
+                for name, entry in manifest["files"].items():
+                    _check(path / name, entry)
     except CheckpointError:
         return False
     return True
+
+
+@contextmanager
+def _verifying(path: Path) -> Iterator[None]:
+    """The folder counts as verified, as it looked in the beginning, unless the block raises."""
+    _verified.pop(path, None)
+    stamp = _stamp(path)
+    yield
+    _verified[path] = stamp
+
+
+def _stamp(path: Path) -> Stamp:
+    """Empty if the folder can't be read."""
+    try:
+        found = [(file.name, file.stat()) for file in path.iterdir()]
+    except OSError:
+        return ()
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in found))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -228,20 +310,44 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise _corrupt(path, "manifest.json or DONE has changed")
     manifest = json.loads(data)
     if manifest["format_version"] not in READABLE:
-        raise CheckpointError(
+        raise CheckpointFormatError(
             f"the checkpoint {path} has format {manifest['format_version']}, this version of distributed_muzero "
             f"reads {' and '.join(map(str, READABLE))}; use the version that wrote it, or start a new run"
         )
     return manifest
 
 
+def _format_error(path: Path) -> CheckpointFormatError | None:
+    """Why a whole checkpoint isn't ours to load, replace or remove; None if it is, or is none."""
+    try:
+        _read_manifest(path)
+    except CheckpointFormatError as error:
+        return error
+    except CheckpointError:
+        pass
+    return None
+
+
 def _read_verified(path: Path, entry: Mapping[str, Any]) -> bytes:
     data = _read(path, f"{path.name} is missing")
-    if len(data) != entry["bytes"]:
-        raise _corrupt(path.parent, f"{path.name} has {len(data)} bytes instead of {entry['bytes']}")
-    if _sha256(data) != entry["sha256"]:
-        raise _corrupt(path.parent, f"{path.name} has changed (sha256 differs)")
+    _compare(path, entry, len(data), _sha256(data))
     return data
+
+
+def _check(path: Path, entry: Mapping[str, Any]) -> None:
+    """As `_read_verified`, but never holds the whole file."""
+    try:
+        with path.open("rb") as file:
+            _compare(path, entry, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    except OSError as error:
+        raise _corrupt(path.parent, f"{path.name} can't be read ({error})") from error
+
+
+def _compare(path: Path, entry: Mapping[str, Any], num_bytes: int, sha256: str) -> None:
+    if num_bytes != entry["bytes"]:
+        raise _corrupt(path.parent, f"{path.name} has {num_bytes} bytes instead of {entry['bytes']}")
+    if sha256 != entry["sha256"]:
+        raise _corrupt(path.parent, f"{path.name} has changed (sha256 differs)")
 
 
 def _read(path: Path, problem: str) -> bytes:
@@ -293,13 +399,22 @@ def _remove(path: Path) -> None:
     """Takes the name away first: a kill in the middle leaves a leftover, not half a checkpoint."""
     if path.exists():
         doomed = path.rename(path.with_name(f"{LEFTOVER}removing-{path.name}"))
+        _verified.pop(path, None)
         sync_folder(path.parent)
-        shutil.rmtree(doomed)
+        _delete(doomed)
 
 
 def _remove_leftovers(folder: Path) -> None:
     for path in folder.glob(f"{LEFTOVER}*"):
-        shutil.rmtree(path)
+        _delete(path)
+
+
+def _delete(leftover: Path) -> None:
+    """What the disk doesn't let go, such as a file that is open on NFS, stays; the next write tries again."""
+    try:
+        shutil.rmtree(leftover)
+    except OSError as error:
+        logger.warning("%s stays for now, it can't be removed: %s", leftover, error)
 
 
 def _sha256(data: bytes) -> str:

@@ -8,6 +8,7 @@ DistributedMuZeroError            each message says what came, what was expected
 ├── NonFiniteError                NaN or Inf from an environment or a network, with step and seed
 ├── RunError                      the run's name, its folder, a run that exists or doesn't
 ├── CheckpointError               a checkpoint that is missing, incomplete or corrupt
+│   └── CheckpointFormatError     a whole one, of a format that this version doesn't read
 ├── LogError                      a replay log that can't be written, locked or read
 └── RejectedEpisode               a replay shard refused an episode; carries `reason`
 """
@@ -43,6 +44,10 @@ class RunError(DistributedMuZeroError):
 
 class CheckpointError(DistributedMuZeroError):
     """A checkpoint that is missing, incomplete or corrupt."""
+
+
+class CheckpointFormatError(CheckpointError):
+    """A whole checkpoint of a format that this version doesn't read: never skipped, removed or replaced."""
 
 
 class LogError(DistributedMuZeroError):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from distributed_muzero.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from distributed_muzero.errors import CheckpointError
+from distributed_muzero.errors import CheckpointError, CheckpointFormatError
 
 GOLDEN = Path(__file__).parent / "fixtures" / "checkpoints"
 STATE = {"learner_steps": 7, "rng": {"state": 2**127 + 1}, "ratio": 0.1, "name": "é"}
@@ -151,6 +152,63 @@ def test_another_format_is_refused_naming_both_versions(tmp_path, monkeypatch, v
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=rf"has format {version}, .* reads 1 and 2;"):
         read_checkpoint(path)
+
+
+def as_format(version, path):
+    """Makes of a checkpoint a whole one of another format."""
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    data = json.dumps({**manifest, "format_version": version}).encode()
+    (path / "manifest.json").write_bytes(data)
+    (path / "DONE").write_text(hashlib.sha256(data).hexdigest())
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_a_newer_format_is_refused_although_an_older_checkpoint_is_good(tmp_path, caplog):
+    _, good, newer = write(tmp_path, 1, 2, 3)
+    as_format(3, newer)
+    mark_best(tmp_path, 2, 1.0)
+    assert best_or_latest(tmp_path).path == good
+    with pytest.raises(CheckpointFormatError, match=r"step_00000003 has format 3, .* reads 1 and 2;"):
+        latest_checkpoint(tmp_path)
+    (tmp_path / "best.json").unlink()
+    with pytest.raises(CheckpointFormatError, match="has format 3"):
+        best_or_latest(tmp_path)
+    assert warnings_of(caplog) == []
+
+
+def test_a_best_of_a_newer_format_is_refused(tmp_path):
+    first, _ = write(tmp_path, 1, 2)
+    mark_best(tmp_path, 1, 1.0)
+    as_format(3, first)
+    for read in (best_checkpoint, best_or_latest):
+        with pytest.raises(CheckpointFormatError, match="step_00000001 has format 3"):
+            read(tmp_path)
+
+
+def test_a_newer_format_is_neither_pruned_nor_replaced(tmp_path):
+    first, newer, *others = write(tmp_path, 1, 2, 3, 4)
+    content = as_format(3, newer)
+    with pytest.raises(CheckpointFormatError, match="step_00000002 has format 3"):
+        write(tmp_path, 2)
+    assert prune_checkpoints(tmp_path, keep=1) == [others[0], first]
+    assert names(tmp_path) == [newer.name, others[1].name]
+    assert {file.name: file.read_bytes() for file in newer.iterdir()} == content
+
+
+def test_a_newer_format_that_was_set_aside_is_not_replaced(tmp_path):
+    (newer,) = write(tmp_path, 1)
+    as_format(3, newer)
+    newer.rename(tmp_path / "step_00000001.replaced")
+    with pytest.raises(CheckpointFormatError, match=r"step_00000001\.replaced has format 3"):
+        write(tmp_path, 1)
+    assert names(tmp_path) == ["step_00000001.replaced"]
+
+
+def test_newer_formats_do_not_push_ours_out(tmp_path):
+    *ours, newer = write(tmp_path, 1, 2, 3)
+    as_format(3, newer)
+    assert prune_checkpoints(tmp_path, keep=2) == []
+    assert prune_checkpoints(tmp_path, keep=1) == [ours[0]]
 
 
 def test_the_last_two_formats_are_read():
@@ -297,8 +355,7 @@ def test_the_best_is_spared_and_can_change(tmp_path):
     mark_best(tmp_path, 1, 450.5)
     prune_checkpoints(tmp_path, keep=1)
     assert names(tmp_path) == ["best.json", "step_00000001", "step_00000004"]
-    assert best_checkpoint(tmp_path) == Best(1, 450.5)
-    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 1, "mean_return": 450.5}
+    assert best_checkpoint(tmp_path)[:2] == (1, 450.5)
     mark_best(tmp_path, 4, 500.0)
     prune_checkpoints(tmp_path, keep=1)
     assert names(tmp_path) == ["best.json", "step_00000004"]
@@ -323,14 +380,57 @@ def test_only_a_complete_checkpoint_can_be_the_best(tmp_path):
             mark_best(tmp_path, step, 1.0)
 
 
-def test_an_unreadable_best_stops_pruning(tmp_path, caplog):
-    write(tmp_path, 1, 2, 3)
-    for content in ("{", "[1]", '{"step": 1}'):
+def test_no_changed_bit_or_cut_of_best_is_believed(tmp_path, caplog):
+    paths = write(tmp_path, 1, 2)
+    mark_best(tmp_path, 1, 450.5)
+    file = tmp_path / "best.json"
+    data = file.read_bytes()
+    flips = [
+        data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
+        for at in range(len(data))
+        for bit in range(8)
+    ]
+    cuts = [data[:at] for at in range(len(data))]
+    for damage in flips + cuts:
+        file.write_bytes(damage)
+        assert best_checkpoint(tmp_path) is None, damage
+        (warning,) = warnings_of(caplog)
+        assert "going on as if none was marked" in warning and "best.json" in warning
+        caplog.clear()
+    assert best_or_latest(tmp_path).path == paths[1]
+    file.write_bytes(data)
+    assert best_or_latest(tmp_path).path == paths[0]
+
+
+def test_a_best_of_the_format_before_is_read(tmp_path):
+    paths = write(tmp_path, 1, 2)
+    (tmp_path / "best.json").write_text('{"step": 1, "mean_return": 450.5}')
+    assert best_checkpoint(tmp_path) == Best(1, 450.5)
+    assert best_or_latest(tmp_path).path == paths[0]
+    assert prune_checkpoints(tmp_path, keep=1) == []
+
+
+def test_an_unreadable_best_stops_pruning_until_another_is_marked(tmp_path, caplog):
+    paths = write(tmp_path, 1, 2, 3)
+    for content in ("{", "[1]", "7", '{"step": 1}', '{"step": 1, "mean_return": 2.0, "sha256": "00"}'):
         (tmp_path / "best.json").write_text(content)
-        with pytest.raises(CheckpointError, match=r"can't read .*best\.json"):
-            best_checkpoint(tmp_path)
+        assert best_checkpoint(tmp_path) is None
         assert prune_checkpoints(tmp_path, keep=1) == []
-    assert len(warnings_of(caplog)) == 3
+    assert len(warnings_of(caplog)) == 10 and all("best.json" in warning for warning in warnings_of(caplog))
+    mark_best(tmp_path, 2, 1.0)
+    assert prune_checkpoints(tmp_path, keep=1) == [paths[0]]
+
+
+def test_a_best_whose_weights_were_written_anew_or_are_gone_is_not_believed(tmp_path, caplog):
+    paths = write(tmp_path, 1, 2)
+    mark_best(tmp_path, 1, 450.5)
+    write_checkpoint(tmp_path, 1, tensors(1), {"env_steps": 9})
+    assert best_checkpoint(tmp_path)[:2] == (1, 450.5) and warnings_of(caplog) == []
+    write_checkpoint(tmp_path, 1, tensors(99), {})
+    assert best_checkpoint(tmp_path) is None and "other weights" in warnings_of(caplog)[0]
+    assert best_or_latest(tmp_path).path == paths[1]
+    shutil.rmtree(paths[0])
+    assert best_checkpoint(tmp_path) is None and "no checkpoint" in warnings_of(caplog)[-1]
 
 
 def test_a_corrupt_checkpoint_does_not_push_an_intact_one_out(tmp_path):
@@ -339,3 +439,96 @@ def test_a_corrupt_checkpoint_does_not_push_an_intact_one_out(tmp_path):
     damaged(paths[1], np.random.default_rng(3))
     assert prune_checkpoints(tmp_path, keep=1) == [paths[0]]
     assert latest_checkpoint(tmp_path).path == paths[2]
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The folders whose files are read in order to hash them."""
+    found = []
+    real = checkpoints._check
+    monkeypatch.setattr(checkpoints, "_verified", {})
+    monkeypatch.setattr(
+        checkpoints, "_check", lambda path, entry: found.append(path.parent.name) or real(path, entry)
+    )
+    return found
+
+
+def test_what_this_process_wrote_is_not_hashed_again(tmp_path, hashed):
+    for step in range(1, 8):
+        write(tmp_path, step)
+        prune_checkpoints(tmp_path, keep=3)
+    write(tmp_path, 7)
+    assert hashed == [] and len(names(tmp_path)) == 3
+    assert sorted(path.name for path in checkpoints._verified) == names(tmp_path)
+
+
+def test_what_others_wrote_is_hashed_once(tmp_path, hashed):
+    write(tmp_path, 1, 2, 3)
+    checkpoints._verified.clear()
+    latest_checkpoint(tmp_path)
+    for _ in range(2):
+        assert prune_checkpoints(tmp_path, keep=3) == []
+        assert sorted(set(hashed)) == ["step_00000001", "step_00000002"] and len(hashed) == 2 * 3
+
+
+def test_what_has_changed_since_is_hashed_again_and_does_not_count(tmp_path, hashed):
+    paths = write(tmp_path, 1, 2, 3)
+    file = paths[2] / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    os.utime(file, ns=(0, 0))
+    assert prune_checkpoints(tmp_path, keep=2) == [] and set(hashed) == {"step_00000003"}
+
+
+def test_damage_that_a_reader_met_is_not_forgotten(tmp_path, hashed):
+    paths = write(tmp_path, 1, 2)
+    file = paths[1] / "weights.safetensors"
+    stat, data = file.stat(), file.read_bytes()
+    with file.open("r+b") as opened:
+        opened.write(bytes([data[0] ^ 1]))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as if the disk had done it
+    assert latest_checkpoint(tmp_path).path == paths[0]
+    assert prune_checkpoints(tmp_path, keep=1) == [] and hashed == ["step_00000002"]
+
+
+def test_every_damage_is_found_by_the_check_in_chunks(tmp_path, monkeypatch):
+    (path,) = write(tmp_path, 1)
+    rng = np.random.default_rng(7)
+    for _ in range(100):
+        undo = damaged(path, rng)
+        monkeypatch.setattr(checkpoints, "_verified", {})
+        assert not checkpoints._is_intact(path)
+        undo()
+    assert checkpoints._is_intact(path)
+
+
+def test_what_the_disk_does_not_let_go_stays_with_a_warning(tmp_path, monkeypatch, caplog):
+    paths = write(tmp_path, 1, 2, 3)
+    real = Path.rename
+
+    def rename(path, target):
+        if path.name == "step_00000001":
+            raise OSError(16, "Device or resource busy")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    assert prune_checkpoints(tmp_path, keep=1) == [paths[1]]
+    (warning,) = warnings_of(caplog)
+    assert "step_00000001 stays" in warning and "busy" in warning
+    assert read_checkpoint(paths[0]).step == 1
+
+
+def test_a_busy_leftover_is_in_nobodys_way_and_goes_later(tmp_path, monkeypatch, caplog):
+    paths = write(tmp_path, 1, 2)
+
+    def rmtree(path, ignore_errors=False):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", rmtree)
+    assert prune_checkpoints(tmp_path, keep=1) == [paths[0]]
+    write(tmp_path, 3)
+    leftover = ".leftover-removing-step_00000001"
+    assert names(tmp_path) == [leftover, "step_00000002", "step_00000003"]
+    assert [leftover in warning and "busy" in warning for warning in warnings_of(caplog)] == [True, True]
+    monkeypatch.undo()
+    write(tmp_path, 4)
+    assert names(tmp_path) == ["step_00000002", "step_00000003", "step_00000004"]

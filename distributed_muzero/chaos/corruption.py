@@ -21,27 +21,27 @@ import numpy as np
 
 from distributed_muzero import checkpoint
 from distributed_muzero.chaos.child import run_with_offsets
-from distributed_muzero.errors import CheckpointError, DistributedMuZeroError
+from distributed_muzero.errors import CheckpointError, CheckpointFormatError, DistributedMuZeroError
 
-OLDER, NEWEST = 1, 2  # steps
+OLDER, NEWEST, NEXT = 1, 2, 3  # steps
 NUM_FILES = 6  # of a checkpoint, manifest and DONE included
 
 Content = tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]  # tensors and state
 
 
 class CorruptionResult(NamedTuple):
-    """How often what happened, after `n` damages one at a time."""
+    """How often what happened, after `n` damages one at a time. An intact checkpoint was always there."""
 
     n: int
-    fell_back: int  # the older checkpoint came, as it was written, and a warning named the damaged one
+    fell_back: int  # the intact checkpoint came, as it was written, and a warning named what was damaged
     refused: int  # CheckpointError
-    loaded_silently: int  # what came isn't the older checkpoint as it was written
+    loaded_silently: int  # what came isn't the intact checkpoint as it was written
     fell_back_silently: int
     crashed: int  # any other exception
 
     @property
     def broken(self) -> int:
-        return self.n - self.fell_back - self.refused
+        return self.n - self.fell_back
 
 
 class VersionResult(NamedTuple):
@@ -61,7 +61,8 @@ class DiskFullResult(NamedTuple):
 
 
 def run_corruptions(folder: Path, seed: int, n_flips: int = 200, n_truncations: int = 50) -> CorruptionResult:
-    """Flips a bit of, or cuts short, a random file of the newest of two checkpoints; loads; undoes it.
+    """Flips a bit of, or cuts short, a random file of the newest of two checkpoints, or best.json, which names the
+    older one; loads the latest, or the best; undoes it.
 
     folder: new or empty. Raises DistributedMuZeroError if the undamaged checkpoints don't load.
     """
@@ -69,37 +70,41 @@ def run_corruptions(folder: Path, seed: int, n_flips: int = 200, n_truncations: 
     older, newest = make_content(rng), make_content(rng)
     checkpoint.write_checkpoint(folder, OLDER, *older)
     path = checkpoint.write_checkpoint(folder, NEWEST, *newest)
-    files = sorted(path.iterdir())
+    checkpoint.mark_best(folder, OLDER, 450.5)
+    files = [*sorted(path.iterdir()), folder / "best.json"]
     counts: Counter[str] = Counter()
     for damage in [flip_bit] * n_flips + [cut_short] * n_truncations:
         file = files[rng.integers(len(files))]
         data = file.read_bytes()
         file.write_bytes(damage(data, rng))
-        counts[_outcome(folder, path.name, older)] += 1
+        if file.name == "best.json":
+            counts[_outcome(checkpoint.best_or_latest, folder, file.name, NEWEST, newest)] += 1
+        else:
+            counts[_outcome(checkpoint.latest_checkpoint, folder, path.name, OLDER, older)] += 1
         file.write_bytes(data)
-    if not _is(checkpoint.latest_checkpoint(folder), NEWEST, newest):
-        raise DistributedMuZeroError(f"the undamaged checkpoint {path} doesn't load as it was written")
+    latest, best = checkpoint.latest_checkpoint(folder), checkpoint.best_or_latest(folder)
+    if not (_is(latest, NEWEST, newest) and _is(best, OLDER, older)):
+        raise DistributedMuZeroError(f"the undamaged checkpoints in {folder} don't load as they were written")
     of_each = {name: counts[name] for name in CorruptionResult._fields if name != "n"}
     return CorruptionResult(n_flips + n_truncations, **of_each)
 
 
 def run_other_versions(folder: Path, seed: int) -> VersionResult:
-    """Readable formats must load, all others be refused by a message that names theirs and ours."""
-    content = make_content(np.random.default_rng(seed))
+    """Readable formats must load; all others be refused by a message that names theirs and ours, although an older
+    checkpoint of ours is beside them, and neither be replaced nor pruned."""
+    rng = np.random.default_rng(seed)
+    older, newest = make_content(rng), make_content(rng)
     readable = checkpoint.READABLE
     versions = (*readable, min(readable) - 1, max(readable) + 1, max(readable) + 97)
     broken = []
     for version in versions:
-        path = checkpoint.write_checkpoint(folder, NEWEST, *content)
+        beside = folder / f"format_{version}"
+        checkpoint.write_checkpoint(beside, OLDER, *older)
+        path = checkpoint.write_checkpoint(beside, NEWEST, *newest)
         _rewrite_version(path, version)
-        try:
-            loaded = _is(checkpoint.read_checkpoint(path), NEWEST, content)
-            if not loaded or version not in readable:
-                broken.append(f"format {version} was loaded")
-        except CheckpointError as error:
-            ours = " and ".join(map(str, readable))
-            if version in readable or f"format {version}," not in str(error) or ours not in str(error):
-                broken.append(f"format {version}: {error}")
+        broken += _faults_with_format(path, version, newest)
+        if version not in readable:
+            broken += _losses_of_format(path, version, older)
     return VersionResult(len(versions), broken)
 
 
@@ -150,17 +155,59 @@ def cut_short(data: bytes, rng: np.random.Generator) -> bytes:
     return data[: rng.integers(len(data))]
 
 
-def _outcome(folder: Path, damaged: str, older: Content) -> str:
+def _outcome(
+    load: Callable[[Path], checkpoint.Checkpoint | None],
+    folder: Path,
+    damaged: str,
+    step: int,
+    intact: Content,
+) -> str:
+    """Of loading while `damaged` is, where `intact` is still there; a field of CorruptionResult."""
     with _warnings() as warnings:
         try:
-            found = checkpoint.latest_checkpoint(folder)
+            found = load(folder)
         except CheckpointError:
             return "refused"
         except Exception:
             return "crashed"
-    if not _is(found, OLDER, older):
+    if not _is(found, step, intact):
         return "loaded_silently"
     return "fell_back" if any(damaged in warning for warning in warnings) else "fell_back_silently"
+
+
+def _faults_with_format(path: Path, version: int, content: Content) -> list[str]:
+    """What goes wrong in loading the newest checkpoint, which has that format."""
+    readable = checkpoint.READABLE
+    try:
+        with _warnings():
+            found = checkpoint.latest_checkpoint(path.parent)
+    except CheckpointFormatError as error:
+        ours = " and ".join(map(str, readable))
+        is_named = f"format {version}," in str(error) and ours in str(error)
+        return [f"format {version}: {error}"] if version in readable or not is_named else []
+    except CheckpointError as error:
+        return [f"format {version}: {error}"]
+    if version not in readable:
+        is_ours = found is not None and found.path == path
+        return [f"format {version} was {'loaded' if is_ours else 'skipped'}"]
+    return [] if _is(found, NEWEST, content) else [f"format {version} doesn't load as it was written"]
+
+
+def _losses_of_format(path: Path, version: int, content: Content) -> list[str]:
+    """Whether a writer replaces or prunes a checkpoint whose format isn't ours."""
+    before = _files(path)
+    try:
+        checkpoint.write_checkpoint(path.parent, NEWEST, *content)
+        return [f"a write in the place of format {version} wasn't refused"]
+    except CheckpointFormatError:
+        pass
+    checkpoint.write_checkpoint(path.parent, NEXT, *content)
+    checkpoint.prune_checkpoints(path.parent, keep=1)
+    return [] if _files(path) == before else [f"format {version} was removed"]
+
+
+def _files(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()} if path.exists() else {}
 
 
 def _is(found: checkpoint.Checkpoint | None, step: int, content: Content) -> bool:

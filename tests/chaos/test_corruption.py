@@ -9,6 +9,7 @@ from distributed_muzero.chaos.corruption import (
     run_disk_full,
     run_other_versions,
 )
+from distributed_muzero.errors import CheckpointError, CheckpointFormatError
 
 SEED = 11
 
@@ -30,6 +31,35 @@ def test_without_warnings_the_campaign_fails(tmp_path, monkeypatch):
     assert result.fell_back_silently == result.broken == 10
 
 
+def test_a_reader_that_always_refuses_fails(tmp_path, monkeypatch):
+    real = checkpoint.latest_checkpoint
+
+    def read(folder):
+        found = real(folder)
+        if found.step == 1:
+            raise CheckpointError("the newest is damaged")
+        return found
+
+    monkeypatch.setattr(checkpoint, "latest_checkpoint", read)
+    result = run_corruptions(tmp_path, SEED, n_flips=20, n_truncations=10)
+    assert result.refused == result.broken > 20 and result.refused + result.fell_back == 30
+
+
+def test_a_reader_that_dies_of_a_damaged_best_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "best_checkpoint", checkpoint._read_best)
+    result = run_corruptions(tmp_path, SEED, n_flips=80, n_truncations=20)
+    assert result.refused == result.broken > 3
+
+
+def test_a_best_without_a_checksum_fails(tmp_path, monkeypatch):
+    def seal(content):
+        return json.dumps({"step": content["step"], "mean_return": content["mean_return"]}).encode()
+
+    monkeypatch.setattr(checkpoint, "_seal", seal)
+    result = run_corruptions(tmp_path, SEED, n_flips=200, n_truncations=0)
+    assert result.loaded_silently == result.broken > 0
+
+
 def test_other_formats_are_refused_and_ours_are_read(tmp_path):
     result = run_other_versions(tmp_path, SEED)
     assert (result.n, result.broken) == (5, [])
@@ -41,7 +71,43 @@ def test_a_reader_that_takes_any_format_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "_read_manifest", read)
     result = run_other_versions(tmp_path, SEED)
-    assert result.broken == ["format 0 was loaded", "format 3 was loaded", "format 99 was loaded"]
+    assert [line for line in result.broken if "loaded" in line] == [
+        "format 0 was loaded",
+        "format 3 was loaded",
+        "format 99 was loaded",
+    ]
+
+
+def test_a_reader_that_skips_a_newer_format_fails(tmp_path, monkeypatch):
+    real = checkpoint.read_checkpoint
+
+    def read(path):
+        try:
+            return real(path)
+        except CheckpointFormatError as error:
+            raise CheckpointError(str(error)) from error
+
+    monkeypatch.setattr(checkpoint, "read_checkpoint", read)
+    result = run_other_versions(tmp_path, SEED)
+    assert result.broken == ["format 0 was skipped", "format 3 was skipped", "format 99 was skipped"]
+
+
+def test_a_writer_that_takes_another_format_for_a_broken_checkpoint_fails(tmp_path, monkeypatch):
+    real = checkpoint.write_checkpoint
+    monkeypatch.setattr(checkpoint, "_format_error", lambda path: None)
+    result = run_other_versions(tmp_path / "replaced", SEED)
+    assert result.broken == [
+        f"a write in the place of format {version} wasn't refused" for version in (0, 3, 99)
+    ]
+
+    def write(folder, step, *content):
+        if (folder / f"step_{step:08d}").exists():
+            raise CheckpointFormatError("it is there")
+        return real(folder, step, *content)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", write)
+    result = run_other_versions(tmp_path / "pruned", SEED)
+    assert result.broken == [f"format {version} was removed" for version in (0, 3, 99)]
 
 
 def test_a_full_disk_is_told_and_the_previous_checkpoint_loads(tmp_path):
