@@ -16,9 +16,8 @@ import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from distributed_muzero.cluster.group_commit import GroupCommit
+from distributed_muzero.cluster.group_commit import GroupCommit, flush, insert
 from distributed_muzero.config import Config
-from distributed_muzero.errors import LogError
 from distributed_muzero.replay.schema import Priorities, StoredEpisode, Targets
 from distributed_muzero.types import Batch, Episode
 from distributed_muzero.workers.builder import Builder
@@ -42,7 +41,10 @@ SAMPLE_TIMEOUT_SECONDS = 20.0
 
 
 class made_at_first_use:
-    """functools.cached_property without its lock, which can't travel with the class to another process."""
+    """functools.cached_property without its lock, which can't travel with the class to another process.
+
+    What failed once is not tried again: it fails with the same exception.
+    """
 
     def __init__(self, make: Callable[[Any], Any]):
         self._make = make
@@ -51,16 +53,20 @@ class made_at_first_use:
         self._name = name
 
     def __get__(self, instance: Any, owner: type) -> Any:
-        value = instance.__dict__[self._name] = self._make(instance)
+        failure = f"_{self._name}_failure"
+        if failure in instance.__dict__:
+            raise instance.__dict__[failure].with_traceback(None)
+        try:
+            value = instance.__dict__[self._name] = self._make(instance)
+        except Exception as error:
+            instance.__dict__[failure] = error
+            raise
         return value
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class ReplayShardWorker:
-    """Everything runs in one event loop but the commits of episodes: it goes on sampling while the disk syncs.
-
-    The journal's sync, some twice a second, stands in the loop.
-    """
+    """Everything runs in one event loop but what waits for the disk: it goes on sampling meanwhile."""
 
     def __init__(self, config: Config, run_name: str, index: int, replay_folder: Path):
         self.make = lambda: Builder(config, run_name).replay_shard(index, replay_folder)
@@ -74,12 +80,7 @@ class ReplayShardWorker:
         return GroupCommit(self.shard.commit)
 
     async def insert(self, episodes: list[Episode]) -> list[InsertReply]:
-        offer = self.shard.begin(episodes)
-        try:
-            await self.group_commit.done()
-        except LogError as error:
-            return self.shard.abandon(offer, error)
-        return self.shard.finish(offer)
+        return await insert(self.shard, self.group_commit, episodes)
 
     async def sample(self, num_batches: int) -> list[Batch]:
         return self.shard.sample_many(num_batches)
@@ -94,7 +95,7 @@ class ReplayShardWorker:
         return self.shard.update_targets(targets)
 
     async def flush(self) -> dict[str, float]:
-        self.shard.flush()
+        await flush(self.shard)
         return self.shard.stats()
 
 

@@ -37,6 +37,11 @@ class Entry:
         return slice(self.first_row, self.first_row + self.num_rows)
 
     @property
+    def played(self) -> slice:
+        """Without the row of the final observation."""
+        return slice(self.first_row, self.first_row + self.num_steps)
+
+    @property
     def starts(self) -> slice:
         return slice(self.first_row, self.first_row + self.num_starts)
 
@@ -48,9 +53,11 @@ class EpisodeRing:
     is one draw of integers.
     """
 
-    def __init__(self, spec: EnvironmentSpec, max_transitions: int, max_bytes: int):
+    def __init__(self, spec: EnvironmentSpec, max_transitions: int, max_bytes: int, sampler_bytes: int = 0):
+        """sampler_bytes: what its sampler takes for each row, a part of `max_bytes`."""
         self.spec = spec
-        self.capacity = max(min(max_transitions, max_bytes // row_bytes(spec)), 2)
+        self.row_bytes = row_bytes(spec) + sampler_bytes
+        self.capacity = max(min(max_transitions, max_bytes // self.row_bytes), 2)
         shape, actions = (self.capacity, *spec.observation_shape), (self.capacity, spec.num_actions)
         self.columns = Columns(
             observations=np.empty(shape, spec.observation_dtype),
@@ -81,7 +88,7 @@ class EpisodeRing:
 
     @property
     def num_bytes(self) -> int:
-        return (self.num_transitions + self.num_episodes) * row_bytes(self.spec)
+        return (self.num_transitions + self.num_episodes) * self.row_bytes
 
     @property
     def oldest(self) -> Entry | None:
@@ -106,7 +113,7 @@ class EpisodeRing:
             episode.weights_version, episode.terminated, episode.weights_version,
         )  # fmt: skip
         rows = entry.rows
-        played = slice(first, first + num_steps)
+        played = entry.played
         last = first + num_steps
         c = self.columns
         c.observations[rows] = episode.observations
@@ -130,8 +137,7 @@ class EpisodeRing:
 
     def episode(self, entry: Entry) -> Episode:
         """A copy of a held episode, with its newest targets."""
-        c, rows = self.columns, entry.rows
-        played = slice(rows.start, rows.stop - 1)
+        c, rows, played = self.columns, entry.rows, entry.played
         return Episode(
             entry.episode_id,
             entry.environment_id,
@@ -163,10 +169,9 @@ class EpisodeRing:
     def _write_targets(
         self, entry: Entry, policies: np.ndarray, root_values: np.ndarray, returns: np.ndarray
     ) -> None:
-        rows = entry.rows
-        self.columns.policies[rows.start : rows.stop - 1] = policies
-        self.root_values[rows] = root_values
-        self.columns.returns[rows] = returns
+        self.columns.policies[entry.played] = policies
+        self.root_values[entry.rows] = root_values
+        self.columns.returns[entry.rows] = returns
 
     def _make_room(self, first: int, num_rows: int) -> list[Entry]:
         evicted = []

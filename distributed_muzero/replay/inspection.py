@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,30 +18,14 @@ import numpy as np
 
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import LogError, RejectedEpisode, RunError
-from distributed_muzero.replay import log, schema
-from distributed_muzero.replay.log import Damage, Record
-from distributed_muzero.replay.schema import Kind, StoredEpisode, Targets
+from distributed_muzero.replay import log_format
+from distributed_muzero.replay.log_format import Damage, Record
+from distributed_muzero.replay.recovery import Journal, decode, find_episodes, fold_journal, kind_name
+from distributed_muzero.replay.schema import Kind, StoredEpisode
 from distributed_muzero.replay.validation import validate
 from distributed_muzero.types import Episode
 
 SECOND_LOOK_SECONDS = 0.2  # after it, a record that was half written is whole
-
-_DECODERS: dict[int, Callable[[Any], Any]] = {
-    Kind.EPISODES: schema.decode_episodes,
-    Kind.TARGETS: schema.decode_targets,
-    Kind.PRIORITIES: schema.decode_priorities,
-    Kind.STATE: schema.decode_state,
-    Kind.IDS: schema.decode_ids,
-}
-
-
-class Journal(NamedTuple):
-    """What a shard's journal says of its episodes."""
-
-    state: dict[str, Any]  # the last one written; empty before the first
-    targets: dict[int, Targets]  # by episode key, the newest
-    gone_ids: set[str]  # of episodes whose segment was dropped
-    damage: Damage
 
 
 class Held(NamedTuple):
@@ -76,9 +60,11 @@ def read_journal(shard: Path) -> Journal:
     folder = shard / "journal"
     while True:
         before = _segments(folder)
-        journal = _fold_journal(folder)
+        damage = Damage()
+        journal = fold_journal(_records(folder, damage), folder)
         # Written anew meanwhile: what was read may lack what went with the old segments.
         if before <= _segments(folder):
+            journal.damage = damage
             return journal
 
 
@@ -90,15 +76,11 @@ def held_episodes(
     Adds what isn't intact in the log of episodes to `damage`. Raises LogError for a log that can't be read.
     """
     journal = journal or read_journal(shard)
-    known = set(journal.gone_ids)
-    oldest = journal.state.get("oldest_key", 0)
-    for record in _records(shard / "episodes", damage):
-        for key, episode in _decode(record, shard):
-            if episode.episode_id in known:
-                continue
-            known.add(episode.episode_id)
-            if key >= oldest:
-                yield StoredEpisode(key, _with_targets(episode, journal.targets.get(key)))
+    for key, episode, _, fate in find_episodes(_records(shard / "episodes", damage), journal, shard):
+        if fate == "held":
+            if targets := journal.targets.get(key):
+                episode = replace(episode, policies=targets.policies, root_values=targets.root_values)
+            yield StoredEpisode(key, episode)
 
 
 def list_held(index: int, shard: Path, journal: Journal, damage: Damage | None = None) -> list[Held]:
@@ -266,9 +248,9 @@ def _look_at_log(
     ids: list[str] = []
     num_undecodable = 0
     for record in _records(folder, damage):
-        kinds[_kind_name(record.kind)] += 1
+        kinds[kind_name(record.kind)] += 1
         try:
-            decoded = _decode(record, folder)
+            decoded = decode(record, folder)
         except LogError:
             num_undecodable += 1
             continue
@@ -311,42 +293,9 @@ def _is_good(result: dict[str, Any]) -> bool:
 # Records ------------------------------------------------------------------------------------------------------
 
 
-def _fold_journal(folder: Path) -> Journal:
-    journal = Journal({}, {}, set(), Damage())
-    for record in _records(folder, journal.damage):
-        if record.kind == Kind.STATE:
-            journal = journal._replace(state=_decode(record, folder))
-        elif record.kind == Kind.IDS:
-            journal.gone_ids.update(_decode(record, folder))
-        elif record.kind == Kind.TARGETS:
-            journal.targets.update((item.key, item) for item in _decode(record, folder))
-    return journal
-
-
 def _records(folder: Path, damage: Damage | None) -> Iterable[Record]:
     """A log's records; none where it isn't there yet."""
-    return log.read(folder, damage) if folder.is_dir() else ()
-
-
-def _decode(record: Record, folder: Path) -> Any:
-    """What an intact record holds. Raises LogError if it isn't what its kind says."""
-    try:
-        return _DECODERS[record.kind](record.payload)
-    except Exception as error:
-        raise LogError(
-            f"{folder}: an intact record in segment {record.segment} of kind {_kind_name(record.kind)} can't be "
-            f"decoded ({error!r}): this version didn't write it; use the one that did"
-        ) from error
-
-
-def _kind_name(kind: int) -> str:
-    return Kind(kind).name.lower() if kind in _DECODERS else f"unknown_{kind}"
-
-
-def _with_targets(episode: Episode, targets: Targets | None) -> Episode:
-    if targets is None:
-        return episode
-    return replace(episode, policies=targets.policies, root_values=targets.root_values)
+    return log_format.read(folder, damage) if folder.is_dir() else ()
 
 
 def _segments(folder: Path) -> set[str]:

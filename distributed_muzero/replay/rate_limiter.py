@@ -1,8 +1,10 @@
-"""Holds sampling and inserting to a ratio, with the rules of Reverb's SampleToInsertRatio."""
+"""Holds sampling and inserting to a ratio, with the rules of Reverb's SampleToInsertRatio; reanalysing as well."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 
 class RateLimiter:
@@ -15,6 +17,9 @@ class RateLimiter:
 
     With  2 · error_buffer ≥ num_rows  at least one of `can_insert()` and `can_sample(num_rows)` is true.
     Pending transitions must come to be counted, or dropped, without waiting for further inserts.
+
+    A run may go on under other limits. What was inserted and sampled before is then settled: the balance stays as it
+    was where the new slack allows it, and within the slack otherwise.
     """
 
     def __init__(self, samples_per_insert: float, min_size: int, error_buffer: float):
@@ -29,6 +34,7 @@ class RateLimiter:
         self.error_buffer = error_buffer
         self.inserted = 0
         self.sampled = 0
+        self._settled = 0.0  # samples forgiven, or taken back, when the limits changed
 
     @property
     def balance(self) -> float:
@@ -50,24 +56,70 @@ class RateLimiter:
     def count_sample(self, num_rows: int) -> None:
         self.sampled += num_rows
 
-    def state(self) -> dict[str, int]:
-        """Both counts, for `restore`."""
-        return {"inserted": int(self.inserted), "sampled": int(self.sampled)}
+    def state(self) -> dict[str, Any]:
+        """Both counts, and what they are measured by, for `restore`; fits JSON."""
+        return {
+            "inserted": int(self.inserted),
+            "sampled": int(self.sampled),
+            "limits": self._limits(),
+            "settled": self._settled,
+        }
 
-    def restore(self, state: Mapping[str, int]) -> None:
-        """Goes on from the counts of an earlier limiter's `state()`.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from an earlier limiter's `state()`; of one without limits, as if they were the same.
 
-        The ratio is that of all inserts ever counted: under another `samples_per_insert` one side waits until
-        the other has caught up. Raises ValueError for other keys or for numbers that can't be counts.
+        Raises ValueError where the counts are missing, or are no counts.
         """
-        if state.keys() != {"inserted", "sampled"} or not all(map(_is_count, state.values())):
+        if not all(_is_count(state.get(name)) for name in ("inserted", "sampled")):
             raise ValueError(
                 f"the limiter's state is {dict(state)}; expected inserted and sampled, both 0 or more"
             )
         self.inserted, self.sampled = state["inserted"], state["sampled"]
+        self._settled = state.get("settled", 0.0)
+        if state.get("limits", self._limits()) != self._limits():
+            samples_per_insert, min_size, _ = state["limits"]
+            before = max(self.inserted - min_size, 0) * samples_per_insert - self.sampled + self._settled
+            balance = min(max(before, -self.error_buffer), self.error_buffer)
+            self._settled += balance - self._balance_at(max(self.inserted, self.min_size))
+
+    def _limits(self) -> list[float | None]:
+        slack = self.error_buffer if math.isfinite(self.error_buffer) else None
+        return [self.samples_per_insert, self.min_size, slack]
 
     def _balance_at(self, inserted: int) -> float:
-        return (inserted - self.min_size) * self.samples_per_insert - self.sampled
+        return (inserted - self.min_size) * self.samples_per_insert - self.sampled + self._settled
+
+
+class RefreshLimiter:
+    """Holds  ratio : (1 − ratio) = transitions searched anew : transitions inserted.
+
+    Both are counted from when the run went on with another ratio, or began. Ratio 1 holds nothing back.
+    """
+
+    def __init__(self, ratio: float):
+        self.ratio = ratio
+        self.refreshed = 0
+        self._first_inserted = self._first_refreshed = 0
+
+    def can_refresh(self, inserted: int) -> bool:
+        """inserted: transitions since the run began."""
+        refreshed = self.refreshed - self._first_refreshed
+        owed = (inserted - self._first_inserted) * self.ratio
+        return self.ratio == 1 or refreshed * (1 - self.ratio) < owed
+
+    def count(self, num_transitions: int) -> None:
+        self.refreshed += num_transitions
+
+    def state(self) -> dict[str, Any]:
+        """For `restore`; fits JSON."""
+        return {"ratio": self.ratio, "first": [self._first_inserted, self._first_refreshed]}
+
+    def restore(self, state: Mapping[str, Any], inserted: int, refreshed: int) -> None:
+        """Goes on from the counts of the run, and the `state()` of its last launch."""
+        self.refreshed = refreshed
+        self._first_inserted, self._first_refreshed = state.get("first", (0, 0))
+        if state.get("ratio", self.ratio) != self.ratio:
+            self._first_inserted, self._first_refreshed = inserted, refreshed
 
 
 def _is_count(number: object) -> bool:

@@ -48,6 +48,9 @@ class PrioritizedSampler:
     Each priority carries the weights version that it comes from: what an older one says of it is ignored.
     """
 
+    # Priorities 4, versions 8, the sum tree 16 … 32, as the capacity is just below or above a power of two.
+    ROW_BYTES = 4 + 8 + 32
+
     def __init__(self, ring: EpisodeRing, exponent: float, importance_exponent: float):
         # Here, since it brings numba: a shard with uniform sampling stays half the size without it.
         from distributed_muzero.replay.priority import SumTree, importance_weights

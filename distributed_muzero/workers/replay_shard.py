@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,11 +17,13 @@ from distributed_muzero.config import Config
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import LogError, RejectedEpisode
 from distributed_muzero.replay.index import Entry
-from distributed_muzero.replay.rate_limiter import RateLimiter
+from distributed_muzero.replay.rate_limiter import RateLimiter, RefreshLimiter
 from distributed_muzero.replay.schema import Priorities, StoredEpisode, Targets
 from distributed_muzero.replay.store import EpisodeStore
 from distributed_muzero.replay.validation import validate, validate_id
 from distributed_muzero.types import Batch, Episode
+
+logger = logging.getLogger(__name__)
 
 MAX_LOOKED_AT = 1000  # episodes in one search for those with outdated targets
 
@@ -35,9 +40,10 @@ class Offer:
     """Episodes on their way to the disk, and what their actor will be told once they are there."""
 
     replies: list[InsertReply]
+    episode_ids: list[str]
     stored: list[StoredEpisode]
     segment: int
-    num_failures: int  # of the store's commits when it was begun
+    generation: int  # that a commit has to return
     num_transitions: int
 
 
@@ -59,16 +65,20 @@ class ReplayShard:
         self.ring = self.store.ring
         self.limiter = make_limiter(config)
         self.inserted_episodes = 0
-        self.refreshed_transitions = 0  # handed out to be searched anew
+        self.refresh_limiter = RefreshLimiter(config.reanalyse.ratio)
         self.num_duplicates = 0
         self.num_ignored_priorities = 0
-        self.num_log_failures = 0
+        self.num_missing_episodes = 0
         self.rejects: Counter[str] = Counter()
-        self._reanalyse_ratio = config.reanalyse.ratio
+        self.one_flush = asyncio.Lock()
         self._last_refreshed = -1  # key
         self._num_pending = 0  # transitions begun, not yet finished
         self.rng = np.random.default_rng([config.run.seed, index])
-        self._recover()
+        try:
+            self._recover()
+        except BaseException:
+            self.store.close()
+            raise
 
     # Episodes come in -----------------------------------------------------------------------------------------
 
@@ -76,10 +86,16 @@ class ReplayShard:
         """Offers finished episodes; one reply for each. Only `wait` leaves the episode with the caller."""
         offer = self.begin(episodes)
         try:
-            self.commit()
+            generation = self.commit()
         except LogError as error:
-            return self.abandon(offer, error)
-        return self.finish(offer)
+            return self.abandon(offer, str(error))
+        except BaseException as error:
+            self.abandon(offer, repr(error))
+            raise
+        replies = self.finish(offer, generation)
+        if self.store.has_dead_segments:
+            self.flush()
+        return replies
 
     def begin(self, episodes: list[Episode]) -> Offer:
         """Validates, and appends what is new to the log; nothing is durable before the next `commit`."""
@@ -87,46 +103,57 @@ class ReplayShard:
         accepted: list[Episode] = []
         num_transitions = 0
         for episode in episodes:
-            reply = self._judge(episode, {other.episode_id for other in accepted})
-            replies.append(reply)
-            if reply.status == "stored":
+            known = {other.episode_id for other in accepted}
+            replies.append(self._judge(episode, known, self._num_pending + num_transitions))
+            if replies[-1].status == "stored":
                 accepted.append(episode)
                 num_transitions += episode.num_steps
-                self._num_pending += episode.num_steps
-        failures = self.store.num_failures
-        stored, segment = self.store.append(accepted) if accepted else ([], 0)
-        return Offer(replies, stored, segment, failures, num_transitions)
+        stored, segment, generation = self.store.append(accepted) if accepted else ([], 0, 0)
+        self._num_pending += num_transitions
+        names = [episode.episode_id for episode in episodes]
+        return Offer(replies, names, stored, segment, generation, num_transitions)
 
-    def commit(self) -> None:
-        """Makes what was begun durable. Raises LogError if the disk refuses."""
-        self.store.commit()
+    def commit(self) -> int:
+        """Makes what was begun durable; returns what `finish` asks for. Raises LogError if the disk refuses."""
+        return self.store.commit()
 
-    def finish(self, offer: Offer) -> list[InsertReply]:
-        """Indexes what a commit has made durable; the answer acknowledges it."""
-        if offer.num_failures != self.store.num_failures:
-            # A commit failed in between: maybe the one that held these, or the first of a duplicate.
-            return self.abandon(offer, LogError("a commit to the replay log failed"))
+    def finish(self, offer: Offer, generation: int) -> list[InsertReply]:
+        """Indexes what a commit has made durable that began after the offer; the answer acknowledges it.
+
+        generation: that commit's. If the disk refused these episodes nevertheless, they have to wait.
+        """
+        if offer.stored and offer.generation != generation:
+            return self.abandon(offer, "the disk refused the write that held it")
         self._num_pending -= offer.num_transitions
         self.limiter.count_insert(offer.num_transitions)
         self.inserted_episodes += len(offer.stored)
-        self.store.index(offer.stored, offer.segment, self.state)
-        return offer.replies
+        self.store.index(offer.stored, offer.segment)
+        return self._answer(offer, "")
 
-    def abandon(self, offer: Offer, error: LogError) -> list[InsertReply]:
+    def abandon(self, offer: Offer, reason: str) -> list[InsertReply]:
         """Tells that nothing of it is promised: what would have been stored has to wait."""
-        self.num_log_failures += 1
         self._num_pending -= offer.num_transitions
         self.store.abandon(offer.stored)
-        wait = InsertReply("wait", str(error))
-        return [reply if reply.status == "rejected" else wait for reply in offer.replies]
+        return self._answer(offer, reason)
 
-    def _judge(self, episode: Episode, accepted: set[str]) -> InsertReply:
+    def _answer(self, offer: Offer, reason: str) -> list[InsertReply]:
+        """Acknowledges only what is stored by now: the first of a repeated episode may have met a full disk."""
+        replies = []
+        for name, reply in zip(offer.episode_ids, offer.replies, strict=True):
+            if reply.status in ("stored", "duplicate") and not self.store.has_stored(name):
+                reply = InsertReply("wait", reason)
+            self.num_duplicates += reply.status == "duplicate"
+            replies.append(reply)
+        return replies
+
+    def _judge(self, episode: Episode, accepted: set[str], num_pending: int) -> InsertReply:
         try:
             validate_id(episode)
             if self.store.knows(episode.episode_id) or episode.episode_id in accepted:
-                self.num_duplicates += 1
                 return InsertReply("duplicate")
-            if not self.limiter.can_insert(self._num_pending):
+            # Without a step to sample, no sampling can let the limiter go on.
+            is_empty = self.ring.num_starts == num_pending == 0
+            if not (is_empty or self.limiter.can_insert(num_pending)):
                 return InsertReply("wait")
             self._validate(episode)
         except RejectedEpisode as error:
@@ -174,7 +201,6 @@ class ReplayShard:
             try:
                 self.store.write_state(self.state())
             except LogError:
-                self.num_log_failures += 1
                 self.limiter.count_sample(-len(batches) * self.batch_size)
                 return []
         return batches
@@ -196,23 +222,18 @@ class ReplayShard:
         taken: list[StoredEpisode] = []
         num_taken = 0
         for _ in range(min(self.ring.num_episodes, MAX_LOOKED_AT)):
-            if num_taken >= max_transitions or not self._may_refresh():
+            if num_taken >= max_transitions or not self.refresh_limiter.can_refresh(self.limiter.inserted):
                 break
             entry = self._next_in_turn()
             if version is None or entry.targets_version < version:
                 taken.append(StoredEpisode(entry.key, self.ring.episode(entry)))
                 num_taken += entry.num_steps
-                self.refreshed_transitions += entry.num_steps
+                self.refresh_limiter.count(entry.num_steps)
         return taken
 
     def update_targets(self, targets: list[Targets]) -> int:
         """Takes refreshed policies and values; returns how many episodes took them (others are gone, or newer)."""
         return sum(self.store.update_targets(item) for item in targets)
-
-    def _may_refresh(self) -> bool:
-        """ratio : (1 − ratio) = transitions searched anew : transitions played."""
-        ratio = self._reanalyse_ratio
-        return ratio == 1 or self.refreshed_transitions * (1 - ratio) < self.limiter.inserted * ratio
 
     def _next_in_turn(self) -> Entry:
         """The held episode after the one that was looked at last; behind the newest follows the oldest."""
@@ -233,33 +254,43 @@ class ReplayShard:
             "limiter": self.limiter.state(),
             "generator": self.rng.bit_generator.state,
             "inserted_episodes": self.inserted_episodes,
-            "refreshed_transitions": self.refreshed_transitions,
+            "refreshed_transitions": self.refresh_limiter.refreshed,
+            "refresh_limiter": self.refresh_limiter.state(),
             "duplicates": self.num_duplicates,
             "rejects": dict(self.rejects),
         }
 
     def flush(self) -> None:
         """Makes counters, priorities and refreshed targets durable. A disk that refuses is counted."""
-        try:
-            self.store.flush(self.state())
-        except LogError:
-            self.num_log_failures += 1
+        with suppress(LogError), self.store.flushing(self.state()) as wait_for_disk:
+            wait_for_disk()
 
     def close(self) -> None:
-        self.flush()
-        self.store.close()
+        try:
+            self.flush()
+        finally:
+            self.store.close()
 
     def _recover(self) -> None:
-        state, new_episodes, new_transitions = self.store.recover()
+        state, new_episodes, new_transitions, self.num_missing_episodes = self.store.recover()
         if state:
-            self.limiter.restore(state["limiter"])
+            counts = state["limiter"]
+            self.limiter.restore({**counts, "inserted": counts["inserted"] + new_transitions})
             self.rng.bit_generator.state = state["generator"]
             self.inserted_episodes = state["inserted_episodes"]
-            self.refreshed_transitions = state["refreshed_transitions"]
+            self.refresh_limiter.restore(
+                state.get("refresh_limiter", {}), self.limiter.inserted, state["refreshed_transitions"]
+            )
             self.num_duplicates = state["duplicates"]
             self.rejects.update(state["rejects"])
+        else:
+            self.limiter.count_insert(new_transitions)
         self.inserted_episodes += new_episodes
-        self.limiter.count_insert(new_transitions)
+        if self.num_missing_episodes:
+            logger.error(
+                "replay shard %d: %d episodes that it held are no longer in %s; it goes on without them",
+                self.index, self.num_missing_episodes, self.store.log.folder,
+            )  # fmt: skip
 
     def stats(self) -> dict[str, float]:
         """Counts since the run began; see observability/metrics.py for their meaning."""
@@ -276,10 +307,12 @@ class ReplayShard:
             "evicted_transitions": ring.num_evicted_transitions,
             "rejected_episodes": sum(self.rejects.values()),
             "duplicates": self.num_duplicates,
-            "refreshed_transitions": self.refreshed_transitions,
+            "refreshed_transitions": self.refresh_limiter.refreshed,
             "ignored_priorities": self.num_ignored_priorities,
-            "log_failures": self.num_log_failures,
+            "log_failures": store.num_refusals,
             "corrupt_records": sum(d.corrupt_records + d.torn_tails for d in damage),
+            "missing_episodes": self.num_missing_episodes,
+            "newest_version": store.newest_version,
         }
 
 
@@ -291,4 +324,7 @@ def make_limiter(config: Config) -> RateLimiter:
     ratio = replay.samples_per_insert
     min_size = max(replay.min_size_to_sample // replay.num_shards, 1)
     slack = max(4 * rows, 0.1 * min_size * ratio, 2 * ratio)
-    return RateLimiter(ratio, min_size, replay.error_buffer or slack)
+    if replay.error_buffer is not None:
+        # With less than a batch, neither side might move.
+        slack = max(replay.error_buffer / replay.num_shards, rows)
+    return RateLimiter(ratio, min_size, slack)
