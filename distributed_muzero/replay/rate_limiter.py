@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,13 +67,14 @@ class RateLimiter:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from an earlier limiter's `state()`; of one without limits, as if they were the same.
 
-        Raises ValueError where the counts are missing, or are no counts.
+        Raises ValueError for other keys, or for numbers that can't be counts.
         """
-        if not all(_is_count(state.get(name)) for name in ("inserted", "sampled")):
+        counts = {name: count for name, count in state.items() if name not in ("limits", "settled")}
+        if counts.keys() != {"inserted", "sampled"} or not all(map(_is_count, counts.values())):
             raise ValueError(
                 f"the limiter's state is {dict(state)}; expected inserted and sampled, both 0 or more"
             )
-        self.inserted, self.sampled = state["inserted"], state["sampled"]
+        self.inserted, self.sampled = counts["inserted"], counts["sampled"]
         self._settled = state.get("settled", 0.0)
         if state.get("limits", self._limits()) != self._limits():
             samples_per_insert, min_size, _ = state["limits"]
@@ -83,7 +83,7 @@ class RateLimiter:
             self._settled += balance - self._balance_at(max(self.inserted, self.min_size))
 
     def _limits(self) -> list[float | None]:
-        slack = self.error_buffer if math.isfinite(self.error_buffer) else None
+        slack = None if self.error_buffer == float("inf") else self.error_buffer
         return [self.samples_per_insert, self.min_size, slack]
 
     def _balance_at(self, inserted: int) -> float:

@@ -65,14 +65,12 @@ class EpisodeStore:
         self.newest_version = -1  # of the weights behind anything that was ever stored; -1 = nothing was
         self._next_key = 0
         self._next_indexed_key = 0  # below it, the counters of the state know every episode
-        self._pending: dict[
-            str, int
-        ] = {}  # episode id -> segment of the log, until it is indexed or abandoned
-        self._live: dict[str, int] = {}  # the same of those in the ring
+        self._pending: set[str] = set()  # ids, until they are indexed or abandoned
+        self._live: dict[str, int] = {}  # episode id -> segment of the log
         self._remembered: OrderedDict[str, None] = OrderedDict()  # ids of evicted episodes
         self._evicted_ids: dict[int, list[str]] = {}  # by segment that is still there
         self._num_live: dict[int, int] = {}  # episodes by segment
-        self._newest_segment = 0  # with an indexed episode
+        self._newest_segment = 0  # with an indexed episode; in later ones, episodes may wait for their commit
         self._dirty_targets: set[int] = set()
         self._dirty_priorities: list[Priorities] = []
         self._snapshot_bytes = 0
@@ -100,7 +98,7 @@ class EpisodeStore:
         stored = [StoredEpisode(self._next_key + i, episode) for i, episode in enumerate(episodes)]
         segment, generation = self.log.append(Kind.EPISODES, schema.encode_episodes(stored))
         self._next_key += len(stored)
-        self._pending.update((episode.episode_id, segment) for episode in episodes)
+        self._pending.update(episode.episode_id for episode in episodes)
         return stored, segment, generation
 
     def commit(self) -> int:
@@ -108,16 +106,16 @@ class EpisodeStore:
         return self.log.sync()
 
     def index(self, stored: Iterable[StoredEpisode], segment: int) -> None:
-        """Makes committed episodes part of what is sampled."""
+        """Makes committed episodes part of what is sampled, in the order in which they were appended."""
         for key, episode in stored:
-            self._pending.pop(episode.episode_id, None)
+            assert key >= self._next_indexed_key
+            self._pending.discard(episode.episode_id)
             self._add(key, episode, segment, None)
-            self._next_indexed_key = max(self._next_indexed_key, key + 1)
+            self._next_indexed_key = key + 1
 
     def abandon(self, stored: Iterable[StoredEpisode]) -> None:
         """Forgets episodes whose commit failed: they may be offered again."""
-        for item in stored:
-            self._pending.pop(item.episode.episode_id, None)
+        self._pending.difference_update(item.episode.episode_id for item in stored)
 
     def _add(self, key: int, episode: Episode, segment: int, targets: Targets | None) -> None:
         root_values = episode.root_values if targets is None else targets.root_values
@@ -246,7 +244,7 @@ class EpisodeStore:
     def _first_live_segment(self) -> int:
         """All before it hold nothing that is held, or waits for its commit."""
         live = (number for number, num_live in self._num_live.items() if num_live)
-        return min([*live, *self._pending.values()], default=self._newest_segment)
+        return min(live, default=self._newest_segment)
 
     def _changes(
         self, targets: Iterable[int], priorities: Iterable[Priorities], first_live: int

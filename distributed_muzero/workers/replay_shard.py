@@ -120,7 +120,7 @@ class ReplayShard:
     def finish(self, offer: Offer, generation: int) -> list[InsertReply]:
         """Indexes what a commit has made durable that began after the offer; the answer acknowledges it.
 
-        generation: that commit's. If the disk refused these episodes nevertheless, they have to wait.
+        generation: that commit's; it tells whether the disk refused these episodes. Offers finish as they began.
         """
         if offer.stored and offer.generation != generation:
             return self.abandon(offer, "the disk refused the write that held it")

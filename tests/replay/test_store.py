@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from distributed_muzero.config import AlgorithmConfig, ReplayConfig, make_config
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import LogError
-from distributed_muzero.replay import log as log_module
+from distributed_muzero.replay import log_format
 from distributed_muzero.replay import store as store_module
 from distributed_muzero.replay.schema import Priorities, Targets
 from distributed_muzero.replay.store import EpisodeStore
@@ -64,8 +64,15 @@ class Driven:
             make_episode(int(rng.integers(2, 20)), name=name, seed=int(rng.integers(2**31)), spec=SPEC)
             for name in names
         ]
+        first = self.first_segment()
         assert {reply.status for reply in self.shard.insert(episodes)} == {"stored"}
+        if self.first_segment() != first:
+            # It has flushed, to drop a segment.
+            self.flushed = learnt(self.shard)
         self.ids += names
+
+    def first_segment(self):
+        return next((segment.number for segment in self.shard.store.log.segments), 1)
 
     def sample(self, number):
         self.shard.sample_many(number)
@@ -217,11 +224,11 @@ def test_a_segment_with_episodes_that_wait_for_their_commit_is_not_dropped(tmp_p
             shard.begin([make_episode(200, name=f"run/0/{number}", seed=number, spec=SPEC)])
             for number in range(4)
         ]
-        shard.commit()
+        generation = shard.commit()
         assert len(shard.store.log.segments) > 1
-        shard.finish(empty)
-        for offer in offers:
-            shard.finish(offer)
+        for offer in (empty, *offers):
+            shard.finish(offer, generation)
+            shard.flush()
         shutil.copytree(tmp_path / "shard", tmp_path / "killed")
     with closing(make_shard(tmp_path / "killed", capacity=3000)) as after:
         assert [entry.episode_id for entry in after.ring] == [f"run/0/{number}" for number in range(4)]
@@ -263,7 +270,7 @@ def test_an_episode_whose_record_is_damaged_is_counted_and_may_come_again(tmp_pa
         driven.insert(1)
     driven.shard.close()
     (segment,) = (tmp_path / "shard/episodes").glob("segment_*.log")
-    payload = bytes(list(log_module.read(segment.parent))[1].payload)
+    payload = bytes(list(log_format.read(segment.parent))[1].payload)
     segment.write_bytes(segment.read_bytes().replace(payload, payload[:-1] + bytes([payload[-1] ^ 1])))
     with closing(make_shard(tmp_path / "shard", 0.0)) as shard:
         assert [entry.episode_id for entry in shard.ring] == ["run/0/0/0", "run/0/0/2"]
