@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distributed_muzero.errors import LogError
-from distributed_muzero.replay import log as log_module
-from distributed_muzero.replay.log import Damage, ReplayLog, read, verify
+from distributed_muzero.replay import log_format
+from distributed_muzero.replay.log import ReplayLog
+from distributed_muzero.replay.log_format import Damage, read, verify
 
 GOLDEN = Path(__file__).parent.parent / "fixtures/replay_log/format_1"
 GOLDEN_RECORDS = [
@@ -34,7 +35,7 @@ RECORD_HEADER = 24
 def fill(folder, records, segment_bytes=BIG):
     with closing(ReplayLog(folder, segment_bytes)) as log:
         list(log.recover())
-        numbers = [log.append(kind, payload) for kind, payload in records]
+        numbers = [log.append(kind, payload)[0] for kind, payload in records]
         log.sync()
     return numbers
 
@@ -81,7 +82,7 @@ def test_what_was_written_is_read_back_over_segments_and_reopenings(
         with closing(ReplayLog(folder, segment_bytes)) as log:
             assert contents(log.recover()) == written
             assert log.damage == Damage()
-            numbers = [log.append(*record) for record in records]
+            numbers = [log.append(*record)[0] for record in records]
             log.sync()
             assert log.num_bytes == sum(path.stat().st_size for path in segment_files(folder))
             assert all(s.num_bytes <= segment_bytes for s in log.segments if numbers.count(s.number) > 1)
@@ -127,26 +128,26 @@ def test_an_old_file_is_never_appended_to(tmp_path):
 
 def test_start_segment(tmp_path):
     with closing(ReplayLog(tmp_path, BIG)) as log:
-        numbers = [log.append(0, b"a"), log.append(0, b"b")]
+        appended = [log.append(0, b"a"), log.append(0, b"b")]
         log.start_segment()
-        numbers += [log.append(0, b"c")]
+        appended += [log.append(0, b"c")]
         log.sync()
         log.start_segment()
         log.start_segment()
-        numbers += [log.append(0, b"d")]
-    assert numbers == [1, 1, 2, 3]
+        appended += [log.append(0, b"d")]
+    assert [number for number, _ in appended] == [1, 1, 2, 3]
     assert [bytes(r.payload) for r in read(tmp_path)] == [b"a", b"b", b"c", b"d"]
 
 
-def test_positions_count_appended_bytes(tmp_path):
+def test_all_is_of_one_generation_as_long_as_the_disk_takes_it(tmp_path):
     with closing(ReplayLog(tmp_path, BIG)) as log:
         assert log.write() == log.sync() == 0
-        log.append(0, b"abc")
+        assert log.append(0, b"abc") == (1, 0)
         assert (log.num_pending, log.num_bytes) == (1, 0)
-        assert log.write() == size_of(b"abc")
+        assert log.write() == 0
         assert (log.num_pending, log.num_bytes) == (0, SEGMENT_HEADER + size_of(b"abc"))
-        log.append(0, b"")
-        assert log.sync() == log.write() == size_of(b"abc") + size_of(b"")
+        assert log.append(0, b"") == (1, 0)
+        assert log.sync() == log.write() == log.generation == log.num_refusals == 0
 
 
 def test_append_waits_for_an_exhausted_recovery_and_ends_with_close(tmp_path):
@@ -249,7 +250,7 @@ def test_every_single_flipped_bit_is_counted_and_costs_its_record_only(tmp_path,
 
 def test_without_its_checksum_a_flipped_bit_is_accepted(tmp_path, monkeypatch):
     """The flips above can fail: it is the checksum that notices them."""
-    monkeypatch.setattr(log_module, "checksum", lambda data, start=0: 0)
+    monkeypatch.setattr(log_format, "checksum", lambda data, start=0: 0)
     fill(tmp_path, SMALL)
     path = segment_files(tmp_path)[0]
     data = bytearray(path.read_bytes())
@@ -387,7 +388,7 @@ def test_format_1_is_read(tmp_path):
 
 def test_format_1_is_what_is_written(tmp_path):
     fill(tmp_path, GOLDEN_RECORDS)
-    assert log_module.FORMAT_VERSION == 1
+    assert log_format.FORMAT_VERSION == 1
     assert segment_files(tmp_path)[0].read_bytes() == (GOLDEN / "segment_00000001.log").read_bytes()
 
 
@@ -491,7 +492,7 @@ def test_a_failed_write_is_cut_away_and_the_next_append_takes_a_new_segment(tmp_
     real = os.write
     with closing(ReplayLog(tmp_path, BIG)) as log:
         log.append(1, b"written")
-        written = log.write()
+        log.write()
         for attempt in range(2):
             log.append(2, b"lost" * 100)
             calls = []
@@ -507,10 +508,11 @@ def test_a_failed_write_is_cut_away_and_the_next_append_takes_a_new_segment(tmp_
                 log.write() if attempt else log.sync()
             monkeypatch.setattr(os, "write", real)
             assert log.num_pending == 0
+            assert log.generation == log.num_refusals == attempt + 1
             assert [s.number for s in log.segments] == [1]
             assert log.num_bytes == segment_files(tmp_path)[0].stat().st_size
-        assert log.append(3, b"after") == 3
-        assert log.sync() > written
+        assert log.append(3, b"after") == (3, 2)
+        assert log.sync() == 2
     assert recover(tmp_path) == ([(1, b"written"), (3, b"after")], Damage())
 
 
@@ -530,7 +532,7 @@ def test_a_failed_fsync_loses_what_was_not_synced_and_is_never_repeated(tmp_path
     """Call 0 syncs the segment, call 1 the folder that has gained it."""
     with closing(ReplayLog(tmp_path, BIG)) as log:
         log.append(1, b"durable")
-        durable = log.sync()
+        log.sync()
         log.start_segment()
         log.append(2, b"lost")
         log.write()
@@ -538,14 +540,12 @@ def test_a_failed_fsync_loses_what_was_not_synced_and_is_never_repeated(tmp_path
             calls = fail_in_turn(patch, "fsync", {failing_call})
             with pytest.raises(LogError, match=r"Input/output error.*earlier records are intact"):
                 log.sync()
-            failed = log.failed_position
-            assert failed > durable
             assert len(calls) == failing_call + 1
-            assert log.sync() == failed
+            assert log.sync() == 1
             assert len(calls) == failing_call + 1
         assert log.num_bytes == sum(path.stat().st_size for path in segment_files(tmp_path))
-        assert log.append(3, b"again") == 3
-        assert log.sync() > failed
+        assert log.append(3, b"again") == (3, 1)
+        assert log.sync() == log.generation == log.num_refusals == 1
     assert recover(tmp_path) == ([(1, b"durable"), (3, b"again")], Damage())
 
 
@@ -558,15 +558,13 @@ def test_a_failed_fsync_leaves_earlier_records_of_the_same_file(tmp_path, monkey
             fail_in_turn(patch, "fsync", {0})
             with pytest.raises(LogError):
                 log.sync()
-        # Told by sync() itself already, since it is the same thread.
-        log.write()
         log.append(3, b"after")
         log.write()
     assert recover(tmp_path) == ([(1, b"durable"), (3, b"after")], Damage())
 
 
 @pytest.mark.parametrize("broken", ["write", "fsync"])
-def test_a_writer_hears_of_records_that_another_threads_sync_has_lost(tmp_path, monkeypatch, broken):
+def test_a_generation_tells_what_another_threads_sync_has_lost(tmp_path, monkeypatch, broken):
     errors = []
     entered, appended = threading.Event(), threading.Event()
 
@@ -583,23 +581,138 @@ def test_a_writer_hears_of_records_that_another_threads_sync_has_lost(tmp_path, 
         raise OSError(errno.EIO, "refused")
 
     with closing(ReplayLog(tmp_path, BIG)) as log:
-        log.append(1, b"lost")
+        assert log.append(1, b"lost") == (1, 0)
         with monkeypatch.context() as patch:
             patch.setattr(os, broken, refuse)
             thread = threading.Thread(target=sync)
             thread.start()
             assert entered.wait(10)
             if broken == "fsync":
-                log.append(1, b"lost too, since it waits for the same segment")
+                assert log.append(1, b"lost too, since it waits for the same segment") == (1, 0)
                 appended.set()
             thread.join()
         assert len(errors) == 1
-        log.append(1, b"of the same batch")
-        with pytest.raises(LogError, match="append them again"):
-            log.write()
-        log.append(1, b"next batch")
-        log.write()
-    assert recover(tmp_path) == ([(1, b"next batch")], Damage())
+        assert log.append(1, b"stored") == (2, 1)
+        assert log.write() == log.sync() == 1
+    assert recover(tmp_path) == ([(1, b"stored")], Damage())
+
+
+def test_what_is_appended_while_a_write_fails_is_stored_with_the_next(tmp_path, monkeypatch):
+    """append() waits for the log's lock, which the failing write holds: it is of the generation after it."""
+    failing, errors, appended = threading.Event(), [], []
+
+    def refuse(descriptor, data):
+        failing.set()
+        # Time for the other thread to come as far as the lock.
+        time.sleep(0.1)
+        raise OSError(errno.ENOSPC, "refused")
+
+    def sync():
+        try:
+            log.sync()
+        except LogError as error:
+            errors.append(error)
+
+    with closing(ReplayLog(tmp_path, BIG)) as log:
+        log.append(1, b"lost")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", refuse)
+            thread = threading.Thread(target=sync)
+            thread.start()
+            assert failing.wait(10)
+            appended.append(log.append(1, b"stored"))
+            thread.join()
+        assert len(errors) == 1 and appended == [(2, 1)]
+        assert log.sync() == 1
+    assert recover(tmp_path) == ([(1, b"stored")], Damage())
+
+
+@pytest.mark.parametrize("error", [errno.ESTALE, errno.EIO])
+def test_a_disk_that_is_gone_altogether_is_a_log_error(tmp_path, monkeypatch, error):
+    """The clean-up after a failed sync fails as well, in all it tries."""
+
+    def refuse(*args):
+        raise OSError(error, os.strerror(error))
+
+    with closing(ReplayLog(tmp_path, BIG)) as log:
+        log.append(1, b"durable")
+        log.sync()
+        log.append(1, b"lost")
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "ftruncate", "fstat", "unlink"):
+                patch.setattr(os, name, refuse)
+            with pytest.raises(LogError):
+                log.sync()
+        assert log.generation == 1
+        assert log.append(1, b"after") == (2, 1)
+        assert log.sync() == 1
+    # It couldn't be cut off.
+    assert recover(tmp_path) == ([(1, b"durable"), (1, b"lost"), (1, b"after")], Damage())
+
+
+@pytest.mark.parametrize("failing_write", range(3))
+def test_a_write_over_several_segments_is_stored_as_a_whole_or_not_at_all(
+    tmp_path, monkeypatch, failing_write
+):
+    record = b"eight by" * 4
+    with closing(ReplayLog(tmp_path, SEGMENT_HEADER + 2 * size_of(record))) as log:
+        log.append(0, record)
+        log.sync()
+        before = segment_files(tmp_path)[0].read_bytes()
+        for kind in range(1, 6):
+            log.append(kind, record)
+        with monkeypatch.context() as patch:
+            calls = fail_in_turn(patch, "write", {failing_write})
+            with pytest.raises(LogError, match="the records of this write are not stored"):
+                log.sync()
+            assert len(calls) == failing_write + 1
+        assert [path.read_bytes() for path in segment_files(tmp_path)] == [before]
+        assert log.num_bytes == len(before)
+        for kind in range(1, 6):
+            log.append(kind, record)
+        assert log.sync() == 1
+    assert recover(tmp_path) == ([(kind, record) for kind in range(6)], Damage())
+
+
+def test_a_disk_that_stays_full_takes_no_descriptors(tmp_path, monkeypatch):
+    def refuse(descriptor, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with closing(ReplayLog(tmp_path, BIG)) as log:
+        log.append(1, b"stored")
+        log.sync()
+        num_open = len(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", refuse)
+            for number in range(2000):
+                log.append(1, b"lost")
+                with pytest.raises(LogError, match="No space left"):
+                    log.write() if number % 2 else log.sync()
+        assert len(os.listdir("/proc/self/fd")) == num_open
+        assert len(segment_files(tmp_path)) == 1
+        log.append(1, b"after")
+        log.sync()
+    assert recover(tmp_path) == ([(1, b"stored"), (1, b"after")], Damage())
+
+
+def test_an_interrupted_write_is_given_up(tmp_path, monkeypatch):
+    """What comes after it must not stand behind its first half."""
+    real = os.write
+
+    def interrupted(descriptor, data):
+        real(descriptor, data[:20])
+        raise KeyboardInterrupt
+
+    with closing(ReplayLog(tmp_path, BIG)) as log:
+        log.append(1, b"stored")
+        log.sync()
+        log.append(1, b"lost")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                log.write()
+        log.append(1, b"after")
+    assert recover(tmp_path) == ([(1, b"stored"), (1, b"after")], Damage())
 
 
 def test_recovered_records_are_made_durable(tmp_path, monkeypatch):
@@ -698,19 +811,18 @@ def test_the_writer_goes_on_during_an_fsync(tmp_path, monkeypatch, segment_bytes
         thread = threading.Thread(target=lambda: durable.append(log.sync()))
         thread.start()
         assert entered.wait(10)
-        before = log.write()
         log.append(2, b"during")
         if write_meanwhile:
-            assert log.write() == 2 * before
+            log.write()
         log.append(3, b"later")
         if write_meanwhile:
-            assert log.write() == 3 * before
+            log.write()
         assert durable == []
         go_on.set()
         thread.join()
-        assert durable == [before]
+        assert durable == [0]
         synced = note_fsyncs(monkeypatch, real)
-        assert log.sync() == 3 * before
+        log.sync()
         to_sync = {1: {2, 3}, BIG: {1}}.get(segment_bytes, {1, 2})
         assert set(synced) - {tmp_path.name} == {f"segment_0000000{number}.log" for number in to_sync}
     assert recover(tmp_path) == ([(1, b"before"), (2, b"during"), (3, b"later")], Damage())
@@ -718,7 +830,7 @@ def test_the_writer_goes_on_during_an_fsync(tmp_path, monkeypatch, segment_bytes
 
 @pytest.mark.parametrize("segment_bytes", [1, 300, BIG])
 def test_one_thread_appends_and_writes_while_another_syncs(tmp_path, segment_bytes):
-    durable, errors, done = [0], [], threading.Event()
+    durable, errors, done = [], [], threading.Event()
 
     def sync_until_done():
         try:
@@ -731,17 +843,14 @@ def test_one_thread_appends_and_writes_while_another_syncs(tmp_path, segment_byt
     with closing(ReplayLog(tmp_path, segment_bytes)) as log:
         thread = threading.Thread(target=sync_until_done)
         thread.start()
-        position = 0
         for number, record in enumerate(records):
             log.append(*record)
             if number % 3 == 0:
-                assert log.write() >= position
-                position = log.write()
+                assert log.write() == 0
         done.set()
         thread.join()
         assert errors == []
-        assert log.sync() == sum(size_of(payload) for _, payload in records)
-        assert durable == sorted(durable)
+        assert log.sync() == 0 and set(durable) == {0}
         assert log.num_bytes == sum(path.stat().st_size for path in segment_files(tmp_path))
     assert len(durable) > 2
     assert recover(tmp_path) == (records, Damage())
@@ -757,8 +866,8 @@ def test_drop_oldest(tmp_path):
             assert log.num_bytes == sum(path.stat().st_size for path in segment_files(tmp_path))
         with pytest.raises(LogError, match="no segment to drop"):
             log.drop_oldest()
-        assert log.append(9, b"a") == 5
-        assert log.append(9, b"b") == 6
+        assert log.append(9, b"a") == (5, 0)
+        assert log.append(9, b"b") == (6, 0)
         log.write()
         # Dropped before they were synced: the sync needs neither.
         log.drop_oldest()
