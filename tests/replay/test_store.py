@@ -1,3 +1,5 @@
+import errno
+import os
 import shutil
 import tempfile
 from contextlib import closing
@@ -13,7 +15,9 @@ from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import LogError
 from distributed_muzero.replay import log_format
 from distributed_muzero.replay import store as store_module
-from distributed_muzero.replay.schema import Priorities, Targets
+from distributed_muzero.replay.inspection import held_episodes
+from distributed_muzero.replay.log import ReplayLog
+from distributed_muzero.replay.schema import Kind, Priorities, StoredEpisode, Targets, encode_episodes
 from distributed_muzero.replay.store import EpisodeStore
 from distributed_muzero.workers.replay_shard import ReplayShard
 from tests.episodes import make_episode
@@ -28,15 +32,15 @@ def journal_is_written_anew_often(monkeypatch):
     monkeypatch.setattr(store_module, "MIN_JOURNAL_BYTES", 2**14)
 
 
-def make_shard(folder, exponent=0.6, capacity=CAPACITY):
-    config = make_config(
+def make_config_of(exponent=0.6, capacity=CAPACITY, slack=1e6):
+    return make_config(
         {
             "algorithm": {"num_unroll_steps": 2, "td_steps": 3},
             "replay": {
                 "max_transitions": capacity,
                 "min_size_to_sample": 10,
                 "samples_per_insert": 1.0,
-                "error_buffer": 1e6,
+                "error_buffer": slack,
                 "priority_exponent": exponent,
                 "segment_bytes": SMALLEST_SEGMENT,
             },
@@ -44,7 +48,10 @@ def make_shard(folder, exponent=0.6, capacity=CAPACITY):
             "learner": {"batch_size": 4},
         }
     )
-    return ReplayShard(SPEC, config, 0, folder)
+
+
+def make_shard(folder, *options, **named):
+    return ReplayShard(SPEC, make_config_of(*options, **named), 0, folder)
 
 
 class Driven:
@@ -277,3 +284,155 @@ def test_an_episode_whose_record_is_damaged_is_counted_and_may_come_again(tmp_pa
         assert shard.stats()["corrupt_records"] == 1
         assert not shard.store.knows("run/0/0/1")
         assert shard.insert([make_episode(4, name="run/0/0/1", spec=SPEC)])[0].status == "stored"
+
+
+# Logs and state that don't fit together ---------------------------------------------------------------------------
+
+
+def test_a_copy_that_was_given_up_is_not_taken_for_the_episode(tmp_path):
+    """A disk that kept a refused record: the episode's own one came later, and is held."""
+    episode = make_episode(10, name="run/0/0/x", spec=SPEC)
+    with closing(make_shard(tmp_path / "shard", 0.0)) as shard:
+        shard.store.log.append(Kind.EPISODES, encode_episodes([StoredEpisode(0, episode)]))
+        shard.store._next_key = 1
+        shard.insert([make_episode(10, name="run/0/0/y", seed=1, spec=SPEC), episode])
+    for _ in range(2):
+        # The second time, the state's oldest key lies behind the copy.
+        with closing(make_shard(tmp_path / "shard", 0.0)) as shard:
+            assert {entry.episode_id for entry in shard.ring} == {"run/0/0/x", "run/0/0/y"}
+            assert shard.ring.num_episodes == 2
+    held = [stored.episode.episode_id for stored in held_episodes(tmp_path / "shard")]
+    assert sorted(held) == ["run/0/0/x", "run/0/0/y"]
+
+
+def test_a_held_episode_outlives_the_segment_of_a_copy_that_was_given_up(tmp_path):
+    filler = iter(range(10**6))
+
+    def fill(shard):
+        name = f"run/0/1/{next(filler)}"
+        assert shard.insert([make_episode(200, name=name, spec=SPEC)])[0].status == "stored"
+
+    episode = make_episode(200, name="run/0/0/x", spec=SPEC)
+    with closing(make_shard(tmp_path / "shard", 0.0, 10**4)) as shard:
+        shard.store.log.append(Kind.EPISODES, encode_episodes([StoredEpisode(0, episode)]))
+        shard.store._next_key = 1
+        fill(shard)
+        copys_segment = shard.store.log.segments[0].number
+    with closing(make_shard(tmp_path / "shard", 0.0, 600)) as shard:
+        # Its state says that the copy was evicted.
+        while shard.store.log.segments[0].number == copys_segment:
+            fill(shard)
+            if not shard.store.has_stored("run/0/0/x"):
+                shard.insert([episode])
+        assert "run/0/0/x" in [entry.episode_id for entry in shard.ring]
+    with closing(make_shard(tmp_path / "shard", 0.0, 600)) as shard:
+        assert "run/0/0/x" in [entry.episode_id for entry in shard.ring]
+
+
+def test_episodes_that_are_longer_than_a_smaller_ring_count_as_evicted(tmp_path):
+    with closing(make_shard(tmp_path / "shard", 0.0, 300)) as shard:
+        for number, num_steps in enumerate([20, 120, 30]):
+            shard.insert([make_episode(num_steps, name=f"run/0/0/{number}", spec=SPEC)])
+    for _ in range(2):
+        with closing(make_shard(tmp_path / "shard", 0.0, 100)) as shard:
+            assert [entry.episode_id for entry in shard.ring] == ["run/0/0/0", "run/0/0/2"]
+            stats = shard.stats()
+            assert (stats["transitions"], stats["evicted_transitions"]) == (50, 120)
+            assert stats["missing_episodes"] == 0
+            assert shard.insert([make_episode(20, name="run/0/0/1", spec=SPEC)])[0].status == "duplicate"
+    assert [stored.key for stored in held_episodes(tmp_path / "shard")] == [0, 2]
+
+
+def test_a_shard_whose_episodes_are_gone_says_so_and_takes_new_ones(tmp_path, caplog):
+    with closing(make_shard(tmp_path / "shard", slack=50)) as shard:
+        for number in range(20):
+            shard.insert([make_episode(10, name=f"run/0/0/{number}", spec=SPEC)])
+        held = shard.ring.num_episodes
+        assert shard.insert([make_episode(10, name="run/0/0/20", spec=SPEC)])[0].status == "wait"
+    shutil.rmtree(tmp_path / "shard/episodes")
+    with closing(make_shard(tmp_path / "shard", slack=50)) as shard:
+        assert shard.stats()["missing_episodes"] == held
+        assert f"{held} episodes that it held are no longer in" in caplog.text
+        assert shard.sample() is None
+        assert shard.insert([make_episode(10, name="run/0/0/20", spec=SPEC)])[0].status == "stored"
+        assert shard.sample() is not None
+    with closing(make_shard(tmp_path / "shard", slack=50)) as shard:
+        assert shard.stats()["missing_episodes"] == 0
+
+
+# Locks ------------------------------------------------------------------------------------------------------------
+
+
+def is_free(folder):
+    try:
+        ReplayLog(folder, SMALLEST_SEGMENT, lock_seconds=0).close()
+    except LogError:
+        return False
+    return True
+
+
+def test_a_store_that_finds_its_journal_locked_leaves_its_log_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(ReplayLog.__init__, "__defaults__", (0.0,))
+    with closing(ReplayLog(tmp_path / "journal", SMALLEST_SEGMENT)):
+        with pytest.raises(LogError, match="journal is in use by another process"):
+            EpisodeStore(tmp_path, SPEC, ReplayConfig(), AlgorithmConfig())
+        assert is_free(tmp_path / "episodes")
+
+
+def test_a_shard_that_can_not_recover_leaves_its_folder_free(tmp_path):
+    driven = Driven(tmp_path / "shard", 0.0)
+    driven.insert(1)
+    driven.shard.close()
+    other = EnvironmentSpec("other", (7,), np.dtype(np.uint8), (3,))
+    for _ in range(2):
+        with pytest.raises(LogError, match="go on with the environment that it began with"):
+            ReplayShard(other, make_config_of(0.0), 0, tmp_path / "shard")
+    assert is_free(tmp_path / "shard/episodes") and is_free(tmp_path / "shard/journal")
+
+
+def test_a_log_that_can_not_close_keeps_no_other_from_it(tmp_path, monkeypatch):
+    shard = make_shard(tmp_path / "shard")
+    shard.begin([make_episode(4, spec=SPEC)])
+
+    def refuse(descriptor):
+        raise OSError(errno.EIO, "refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(LogError):
+            shard.close()
+    assert is_free(tmp_path / "shard/episodes") and is_free(tmp_path / "shard/journal")
+
+
+# Versions ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_version_is_known_whatever_it_came_with_and_after_a_restart(tmp_path):
+    def versions(shard):
+        return shard.stats()["newest_version"]
+
+    shard = make_shard(tmp_path / "shard")
+    assert versions(shard) == -1
+    shard.insert([make_episode(10, version=3, spec=SPEC)])
+    assert versions(shard) == 3
+    (key, episode), *_ = shard.take_for_reanalyse(1)
+    shard.update_targets([Targets(key, 5, episode.policies, episode.root_values)])
+    assert versions(shard) == 5
+    one = np.ones(1, np.int64)
+    shard.update_priorities(Priorities(key * one, 0 * one, one.astype(np.float32), 8 * one))
+    assert versions(shard) == 8
+    shard.close()
+    with closing(make_shard(tmp_path / "shard")) as after:
+        assert versions(after) == 8
+        for number in range(100):
+            after.insert([make_episode(10, version=1, name=f"run/0/1/{number}", spec=SPEC)])
+        assert key not in {entry.key for entry in after.ring}
+    with closing(make_shard(tmp_path / "shard")) as after:
+        assert versions(after) == 8
+
+
+def test_a_version_is_known_although_no_state_was_written_since(tmp_path):
+    driven = Driven(tmp_path / "shard", 0.0)
+    driven.shard.insert([make_episode(10, version=7, spec=SPEC)])
+    with closing(driven.shard), closing(driven.killed()) as after:
+        assert after.stats()["newest_version"] == 7
