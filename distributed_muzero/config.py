@@ -111,6 +111,8 @@ class ReanalyseConfig(Section):
     num_workers: Positive = 1
     batch_size: Positive = 128  # positions in one search
     num_simulations: Positive | None = None  # none = the search's own
+    # at the root, as in the actors' searches: without it, policies narrow before the games have shown why
+    root_noise: bool = False
     device: Literal["auto", "cpu", "cuda"] = "cpu"
 
 

@@ -22,15 +22,15 @@ def refresh(
     history_length: int,
     batch_size: int,
     num_simulations: int | None = None,
+    noise: bool = False,
     rng: np.random.Generator,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """What the model's search says of every step: π [T, A] and ν [T+1] float32 of each episode (decision 17).
 
-    The search is the one that actors play with, but without noise at the root. The steps of all episodes are
-    searched together, `batch_size` at once. ν_T is 0 if the game terminated, else the network's value of the
-    final observation.
+    The search is the one that actors play with. The steps of all episodes are searched together, `batch_size` at
+    once. ν_T is 0 if the game terminated, else the network's value of the final observation.
     discount: negative where players alternate.  num_simulations: in place of the search's own.
-    rng: for searches that draw. PUCT without noise doesn't, so its answers follow from the weights alone.
+    noise: at the root, as for actors.  rng: for it. PUCT without noise follows from the weights alone.
     Raises NonFiniteError for NaN or Inf from the network, naming a step of an episode.
     """
     if not episodes:
@@ -51,7 +51,7 @@ def refresh(
                 search,
                 discount,
                 rng=rng,
-                noise=False,
+                noise=noise,
                 num_simulations=num_simulations,
             )
         except NonFiniteError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -28,9 +27,6 @@ ADAM = ("step", "exp_avg", "exp_avg_sq")
 IN_THE_VECTOR = (torch.float32, torch.float16, torch.bfloat16)  # kept exactly by a float32 vector
 
 logger = logging.getLogger(__name__)
-
-# What comes through the object store is read-only and isn't copied: nothing here writes to it.
-warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]  # file stem -> name -> array
 
@@ -237,7 +233,8 @@ class Learner:
             )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        # Unlike from_numpy, it takes what the object store shares read-only; nothing here writes to it.
+        return torch.from_dlpack(array).to(self.device, non_blocking=True)
 
 
 def learning_rate(config: LearnerConfig, step: int) -> float:

@@ -90,6 +90,7 @@ class Reanalyser:
             history_length=config.environment.history_length,
             batch_size=config.reanalyse.batch_size,
             num_simulations=num_simulations,
+            noise=config.reanalyse.root_noise,
             rng=self._rng,
         )
         num_positions = sum(item.episode.num_steps for item in stored)

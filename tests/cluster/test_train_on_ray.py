@@ -8,6 +8,7 @@ import signal
 import psutil
 import pytest
 
+from distributed_muzero import checkpoint
 from tests.processes import descendants, find_role, run, started, status, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -25,6 +26,12 @@ def env_steps(tmp_path):
 
 def learner_steps(tmp_path):
     return status(tmp_path / "r").get("learner_steps", 0)
+
+
+def metrics(tmp_path):
+    """The whole lines so far."""
+    lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def test_a_run_ends_at_its_limit_and_leaves_everything_behind(tmp_path):
@@ -74,13 +81,12 @@ def test_a_killed_learner_goes_on_from_the_last_checkpoint(tmp_path):
     with start(tmp_path, *FOREVER) as process:
         wait_for("a checkpoint", lambda: list((tmp_path / "r" / "checkpoints").glob("step_*/DONE")))
         (victim,) = find_role(process.pid, "LearnerWorker")
-        before = learner_steps(tmp_path)
+        saved = checkpoint.latest_checkpoint(tmp_path / "r" / "checkpoints")
+        before, num_lines = learner_steps(tmp_path), len(metrics(tmp_path))
         victim.kill()
         wait_for("more learner steps", lambda: learner_steps(tmp_path) > before + 100)
-        versions = [
-            json.loads(line)["weights/version"]
-            for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
-        ]
+        assert min(line["train/learner_steps"] for line in metrics(tmp_path)[num_lines:]) >= saved.step > 0
+        versions = [line["weights/version"] for line in metrics(tmp_path)]
         assert versions == sorted(versions)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
@@ -107,7 +113,7 @@ def test_a_signal_ends_with_a_checkpoint_and_leaves_no_process(tmp_path, number)
         wait_for("learner steps", lambda: learner_steps(tmp_path) > 0)
         children = descendants(process.pid)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=25)  # as promised
         assert process.returncode == 0, errors
         _, alive = psutil.wait_procs(children, timeout=15)
         assert not alive
