@@ -19,7 +19,7 @@ from distributed_muzero.chaos.mutators import make_episode
 from distributed_muzero.config import Config, make_config
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import DistributedMuZeroError, LogError
-from distributed_muzero.replay import log
+from distributed_muzero.replay import log_format
 from distributed_muzero.replay.rate_limiter import RateLimiter
 from distributed_muzero.types import Episode
 from distributed_muzero.workers.history import RecordedInsert
@@ -143,7 +143,7 @@ def check_disk_full(folder: Path, seed: int, n: int) -> FullDiskResult:
         except Exception as error:
             broken.append(f"limit {limit}: {type(error).__name__}: {error}")
             continue
-        verdict = check([place / "history.jsonl"], [place / "shard"])
+        verdict = check([place / "history.jsonl"], [place / "shard"], _config().replay.max_transitions)
         lost += verdict.lost
         duplicates += verdict.duplicates
         if verdict.stored != 2 * NUM_ON_FULL_DISK or verdict.changed or verdict.uninvited:
@@ -206,7 +206,7 @@ def _files_up_to(num_bytes: int | None) -> Iterator[None]:
 def run_other_formats(folder: Path, seed: int) -> FormatResult:
     """A log of another format version must be refused by a message that names theirs and ours, and stay as it is."""
     rng = np.random.default_rng(seed)
-    ours = log.FORMAT_VERSION
+    ours = log_format.FORMAT_VERSION
     versions = (ours + 1, ours + 2, int(rng.integers(ours + 3, 2**32)))
     broken = []
     for name in ("episodes", "journal"):
@@ -229,9 +229,9 @@ def run_other_formats(folder: Path, seed: int) -> FormatResult:
 
 
 def _rewrite_version(path: Path, version: int) -> None:
-    header = log._SEGMENT.pack(log.MAGIC, version, 0)[:-4]
+    header = log_format.SEGMENT.pack(log_format.MAGIC, version, 0)[:-4]
     data = path.read_bytes()
-    path.write_bytes(header + log.checksum(header).to_bytes(4, "little") + data[len(header) + 4 :])
+    path.write_bytes(header + log_format.checksum(header).to_bytes(4, "little") + data[len(header) + 4 :])
 
 
 # P15 --------------------------------------------------------------------------------------------------------------

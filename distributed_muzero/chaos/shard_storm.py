@@ -5,7 +5,6 @@ Promises P2, P6 and P15 without Ray: a real shard in a process of its own, real 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -22,27 +21,32 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from distributed_muzero.chaos.history import check
+from distributed_muzero.chaos.bad_disk import cut_to_synced
+from distributed_muzero.chaos.history import MAX_EXAMPLES, check
 from distributed_muzero.chaos.mutators import make_episode
-from distributed_muzero.chaos.shard_process import BATCH_ROWS, SPEC, Protection, make_storm_config, taken_out
+from distributed_muzero.chaos.shard_process import SPEC, Protection, make_storm_config, taken_out
+from distributed_muzero.chaos.storm_watch import BATCHES_PER_CALL, MAX_STEPS, LimiterWatch, ResourceWatch
 from distributed_muzero.errors import DistributedMuZeroError
-from distributed_muzero.replay import log, schema
-from distributed_muzero.replay.schema import Kind, Priorities, Targets
+from distributed_muzero.replay import log_format, schema
+from distributed_muzero.replay.schema import Kind, Priorities, StoredEpisode, Targets
 from distributed_muzero.types import Episode
 from distributed_muzero.workers.history import RecordedInsert
 from distributed_muzero.workers.outbox import Outbox
 from distributed_muzero.workers.replay_shard import InsertReply
 from distributed_muzero.workers.run_state import ActorReport
 
-Mode = Literal["kill", "power_cut"]
+Mode = Literal["kill", "power_cut", "bad_disk"]
+# From an incarnation's first acknowledgement to its end. A disk needs some time to fail in many ways.
+LIFE_SECONDS = {"kill": (0.02, 0.4), "power_cut": (0.02, 0.4), "bad_disk": (0.1, 2.0)}
 SHARE_OF_LOST_REPLIES = 0.1
+SHARE_OF_REPETITIONS = 0.2  # offers that are made again before the first has an answer
 MAX_DELAY_SECONDS = 0.005
-MAX_STEPS = 15  # of an episode
 FLIPS = 3  # records damaged at each kill
-CALL_SECONDS = 10.0
-BATCHES_PER_CALL = 2
+CALL_SECONDS = 30.0
 START_SECONDS = 60.0
-CONSUMER = "consumer"
+CONSUMER = (-1, 0)
+
+Client = tuple[int, int]  # a producer, and which of its pipes
 
 
 class StormResult(NamedTuple):
@@ -63,6 +67,9 @@ class StormResult(NamedTuple):
     damaged: int  # episodes in whose records bits were flipped; they don't count as lost
     damage_seen: int  # damaged places that the restarted shards counted
     crashes: int  # ends of the shard's process that nobody asked for; the first one ends the storm
+    failures: int  # calls that it answered with an exception
+    leaked: int  # files that it had open beyond those that it needs
+    disk_faults: int  # calls of the operating system that were made to fail
     examples: tuple[str, ...]
 
 
@@ -83,7 +90,8 @@ def run_storm(
 ) -> StormResult:
     """Kills a shard `num_kills` times while it is written to and read from, once more at the end, and checks.
 
-    folder: new or empty.   mode: `power_cut` also takes back whatever no fsync has covered.
+    folder: new or empty.   mode: `power_cut` also takes back whatever no fsync has covered; in `bad_disk`, writes and
+    fsyncs fail at random, and half of the kills are power cuts.
     without: the protection that is taken out, to see the campaign fail; "checksum" flips bits as `flips_bits` does.
     flips_bits: between kill and restart, damages some acknowledged records.
     Raises DistributedMuZeroError if nothing is acknowledged for a minute.
@@ -93,7 +101,7 @@ def run_storm(
     try:
         for number in range(num_kills):
             storm.wait_for_acknowledgement()
-            time.sleep(storm.rng.uniform(0.02, 0.4))
+            time.sleep(storm.rng.uniform(*LIFE_SECONDS[mode]))
             if storm.shard.has_crashed:
                 break
             storm.kill(flips_bits or without == "checksum")
@@ -104,7 +112,7 @@ def run_storm(
         time.sleep(0.1)
     finally:
         storm.stop()
-    if mode == "power_cut":
+    if mode != "kill":
         storm.cut_power()
     return storm.result()
 
@@ -112,11 +120,14 @@ def run_storm(
 class _Storm:
     def __init__(self, folder: Path, seed: int, num_producers: int, mode: Mode, without: Protection | None):
         self.folder = folder
+        self.seed = seed
         self.mode = mode
         self.rng = np.random.default_rng([seed, 0])
         self.without = without
-        self.shard = ShardHandle(folder, make_storm_config(seed), without, num_producers)
-        self.damaged: set[str] = set()
+        config = make_storm_config(seed)
+        self.capacity = config.replay.max_transitions
+        self.shard = ShardHandle(folder, config, without, num_producers)
+        self.damaged: list[StoredEpisode] = []
         self.recovery_seconds: list[float] = []
         self.killed_at: float | None = None
         self.num_kills = 0
@@ -132,7 +143,8 @@ class _Storm:
             thread.start()
 
     def start(self) -> None:
-        self.shard.start()
+        # Each incarnation fails at other calls.
+        self.shard.start(1000 * self.seed + self.num_kills if self.mode == "bad_disk" else None)
 
     def wait_for_acknowledgement(self) -> None:
         """Until this incarnation of the shard has acknowledged something, or crashed."""
@@ -148,11 +160,11 @@ class _Storm:
     def kill(self, flips_bits: bool) -> None:
         self.killed_at = self.shard.kill()
         self.num_kills += 1
-        if self.mode == "power_cut":
+        if self.mode == "power_cut" or (self.mode == "bad_disk" and self.num_kills % 2):
             self.cut_power()
         if flips_bits:
             with taken_out(self.without):
-                self.damaged |= flip_bits(self.shard.data / "episodes", self.rng, self.without == "checksum")
+                self.damaged += flip_bits(self.shard.data / "episodes", self.rng, self.without == "checksum")
 
     def cut_power(self) -> None:
         cut_to_synced(self.shard.data, self.shard.synced)
@@ -167,7 +179,7 @@ class _Storm:
     def result(self) -> StormResult:
         # Bytes that were written with other checksums can't be judged by the real ones.
         with taken_out("checksum" if self.without == "checksum" else None):
-            verdict = check(self.histories, [self.shard.data], self.damaged)
+            verdict = check(self.histories, [self.shard.data], self.capacity, self.damaged)
         return StormResult(
             kills=self.num_kills,
             recovery_seconds=self.recovery_seconds,
@@ -176,7 +188,10 @@ class _Storm:
             damaged=len(self.damaged),
             damage_seen=self.consumer.damage_seen,
             crashes=self.shard.num_crashes,
-            **verdict._asdict(),
+            failures=len(self.shard.failures),
+            leaked=self.consumer.resources.num_leaked,
+            disk_faults=self.consumer.resources.num_faults,
+            **verdict._replace(examples=(*verdict.examples, *self.shard.failures)[:MAX_EXAMPLES])._asdict(),
         )
 
 
@@ -192,8 +207,9 @@ class ShardHandle:
         self._config.write_text(config.model_dump_json())
         self._errors = folder / "shard_errors.txt"
         self._without = without
-        self._clients: list[int | str] = [*range(num_producers), CONSUMER]
-        self._pipes: dict[int | str, Connection] = {}
+        self.failures: list[str] = []  # what the shard said of calls that it didn't carry out
+        self._clients = [*((index, turn) for index in range(num_producers) for turn in range(2)), CONSUMER]
+        self._pipes: dict[Client, Connection] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
@@ -204,13 +220,15 @@ class ShardHandle:
             self.num_crashes = 1
         return self.num_crashes > 0
 
-    def start(self) -> None:
+    def start(self, faults: int | None = None) -> None:
+        """faults: the seed of a disk that fails at random."""
         ends = {client: Pipe() for client in self._clients}
         numbers = [theirs.fileno() for _, theirs in ends.values()]
         command = [sys.executable, "-m", "distributed_muzero.chaos.shard_process", "--folder", str(self.data)]
         command += ["--config", str(self._config), "--synced", str(self.synced)]
         command += ["--connections", ",".join(map(str, numbers))]
         command += ["--without", self._without] if self._without else []
+        command += ["--faults", str(faults)] if faults is not None else []
         with self._errors.open("ab") as errors:
             self._process = subprocess.Popen(command, pass_fds=numbers, stderr=errors)
         with self._lock:
@@ -230,14 +248,25 @@ class ShardHandle:
         self._process = None
         return now
 
-    def call(self, client: int | str, method: str, *arguments: Any) -> Any:
-        """The shard's answer. Raises ShardLost without one, DistributedMuZeroError for one that says it failed."""
+    def call(self, client: Client, method: str, *arguments: Any) -> Any:
+        """The shard's answer. Raises ShardLost without one, or where it says that it failed; that is counted."""
+        return self.receive(client, self.send(client, method, *arguments))
+
+    def send(self, client: Client, method: str, *arguments: Any) -> Connection:
+        """Begins a call; `receive` takes its answer from the pipe. Raises ShardLost."""
         with self._lock:
             pipe = self._pipes.get(client)
         if pipe is None:
             raise ShardLost
         try:
             pipe.send((method, arguments))
+        except OSError as error:
+            self._forget(client, pipe)
+            raise ShardLost from error
+        return pipe
+
+    def receive(self, client: Client, pipe: Connection) -> Any:
+        try:
             if not pipe.poll(CALL_SECONDS):
                 raise ShardLost
             succeeded, answer = pipe.recv()
@@ -249,18 +278,20 @@ class ShardHandle:
             self._forget(client, pipe)
             raise
         if not succeeded:
-            raise DistributedMuZeroError(f"the shard failed: {answer}")
-        if method == "insert" and any(reply.status in ("stored", "duplicate") for reply in answer):
+            with self._lock:
+                self.failures.append(answer)
+            raise ShardLost(answer)
+        if _acknowledges(answer):
             self._note_acknowledgement(client, pipe)
         return answer
 
-    def _note_acknowledgement(self, client: int | str, pipe: Connection) -> None:
+    def _note_acknowledgement(self, client: Client, pipe: Connection) -> None:
         with self._lock:
             # Not one that the last incarnation had still sent.
             if self._pipes.get(client) is pipe and self.first_acknowledgement is None:
                 self.first_acknowledgement = time.monotonic()
 
-    def _forget(self, client: int | str, pipe: Connection) -> None:
+    def _forget(self, client: Client, pipe: Connection) -> None:
         with self._lock:
             if self._pipes.get(client) is pipe:
                 del self._pipes[client]
@@ -268,7 +299,7 @@ class ShardHandle:
 
 
 class _Producer(threading.Thread):
-    """An actor's outbox, fed with made-up games. Some answers to it are thrown away, some come late."""
+    """An actor's outbox, fed with made-up games. Some answers are thrown away; some offers are made twice."""
 
     def __init__(self, shard: ShardHandle, index: int, seed: int, history: Path, stopping: threading.Event):
         super().__init__(daemon=True)
@@ -294,13 +325,25 @@ class _Producer(threading.Thread):
 
     def _offer(self, offers: dict[int, list[Episode]]) -> dict[int, list[InsertReply]]:
         try:
-            replies = self._shard.call(self._index, "insert", offers[0])
+            replies = self._insert_once_or_twice(offers[0])
         except ShardLost:
             return {}
         if self._rng.random() < SHARE_OF_LOST_REPLIES:
             self.num_lost_replies += 1
             return {}
         return {0: replies}
+
+    def _insert_once_or_twice(self, episodes: list[Episode]) -> list[InsertReply]:
+        """Like an actor whose patience ends before the first answer comes; either answer may be the one that counts."""
+        if self._rng.random() >= SHARE_OF_REPETITIONS:
+            return self._shard.call((self._index, 0), "insert", episodes)
+        first = self._shard.send((self._index, 0), "insert", episodes)
+        time.sleep(MAX_DELAY_SECONDS * self._rng.random())
+        second = self._shard.send((self._index, 1), "insert", episodes)
+        answers = [
+            self._shard.receive((self._index, turn), pipe) for turn, pipe in enumerate((first, second))
+        ]
+        return answers[int(self._rng.integers(2))]
 
 
 class _Consumer(threading.Thread):
@@ -309,7 +352,9 @@ class _Consumer(threading.Thread):
     def __init__(self, shard: ShardHandle, mode: Mode, stopping: threading.Event):
         super().__init__(daemon=True)
         self.damage_seen = 0
-        self.watch = LimiterWatch(journal_may_be_cut=mode == "power_cut")
+        # A sync that fails takes the journal back to the one before.
+        self.watch = LimiterWatch(journal_may_be_cut=mode != "kill")
+        self.resources = ResourceWatch()
         self._shard = shard
         self._stopping = stopping
 
@@ -325,6 +370,7 @@ class _Consumer(threading.Thread):
     def _turn(self, version: int) -> None:
         answer = self._call("sample", BATCHES_PER_CALL)
         self.watch.see(answer)
+        self.resources.see(answer)
         for positions, _ in answer["batches"]:
             keys, steps = positions[:, 0], positions[:, 1].astype(np.int32)
             versions = np.full(len(keys), version)
@@ -338,77 +384,21 @@ class _Consumer(threading.Thread):
         self._call("update_targets", refreshed)
         if version % 8 == 0:
             stats = self._call("flush")
-            self.watch.flushed(int(stats["sampled_rows"]))
+            if stats["flushed"]:
+                self.watch.flushed(int(stats["sampled_rows"]))
             self.damage_seen = max(self.damage_seen, int(stats["corrupt_records"]))
 
     def _call(self, method: str, *arguments: Any) -> Any:
         return self._shard.call(CONSUMER, method, *arguments)
 
 
-class LimiterWatch:
-    """Counts answers of a shard after which its limiter stood outside its bounds, or had forgotten samples.
-
-    After a power cut a shard may have forgotten what it gave out since the last flush, so its balance may stand that
-    much higher.
-    """
-
-    def __init__(self, journal_may_be_cut: bool):
-        self.num_violations = 0
-        self._journal_may_be_cut = journal_may_be_cut
-        self._incarnation: int | None = None
-        self._sampled = self._sampled_at_flush = 0
-        self._forgiven = 0
-
-    def see(self, limits: dict[str, Any]) -> None:
-        """limits: what ShardServer.limits() says."""
-        if limits["incarnation"] != self._incarnation:
-            self._incarnation = limits["incarnation"]
-            self._restored(limits["sampled"])
-        self._sampled = limits["sampled"]
-        slack = limits["error_buffer"]
-        highest = slack + MAX_STEPS * limits["samples_per_insert"] + self._forgiven
-        self.num_violations += not (limits["balance"] <= highest)
-        self.num_violations += self._sampled > 0 and limits["balance"] < -slack
-
-    def flushed(self, sampled: int) -> None:
-        self._sampled_at_flush = sampled
-
-    def _restored(self, sampled: int) -> None:
-        forgotten = self._sampled - sampled
-        may_forget = self._sampled - self._sampled_at_flush if self._journal_may_be_cut else 0
-        self.num_violations += forgotten > may_forget
-        if self._journal_may_be_cut:
-            # With what the call in flight may have drawn.
-            self._forgiven += max(forgotten, 0) + BATCHES_PER_CALL * BATCH_ROWS
-
-
-def cut_to_synced(shard_folder: Path, synced: Path) -> None:
-    """What a power cut leaves of a shard's logs: bytes and names that an fsync has covered, by `record_syncs`."""
-    lengths: dict[str, int] = {}
-    names: dict[str, set[str]] = {}
-    lines = synced.read_bytes().splitlines(keepends=True) if synced.exists() else []
-    for line in lines:
-        if not line.endswith(b"\n"):
-            continue
-        durable = json.loads(line)
-        if "file" in durable:
-            lengths[durable["file"]] = durable["length"]
-        else:
-            names[durable["folder"]] = set(durable["names"])
-    for path in shard_folder.glob("*/segment_*.log"):
-        if str(path) not in lengths or path.name not in names.get(str(path.parent), ()):
-            path.unlink()
-        elif lengths[str(path)] < path.stat().st_size:
-            os.truncate(path, lengths[str(path)])
-
-
-def flip_bits(folder: Path, rng: np.random.Generator, must_decode: bool) -> set[str]:
-    """Flips a bit in each of a few records of episodes, and returns the ids that they hold.
+def flip_bits(folder: Path, rng: np.random.Generator, must_decode: bool) -> list[StoredEpisode]:
+    """Flips a bit in each of a few records of episodes, and returns what they held.
 
     must_decode: only flips that leave an episode of the same form, which nothing but a checksum can notice.
     """
-    records = [record for record in log.read(folder) if record.kind == Kind.EPISODES]
-    damaged: set[str] = set()
+    records = [record for record in log_format.read(folder) if record.kind == Kind.EPISODES]
+    damaged: list[StoredEpisode] = []
     # The newer half: older ones are evicted soon, so that nothing could come of it.
     for index in len(records) - 1 - rng.permutation((len(records) + 1) // 2)[:FLIPS]:
         payload = bytes(records[index].payload)
@@ -416,8 +406,14 @@ def flip_bits(folder: Path, rng: np.random.Generator, must_decode: bool) -> set[
         if flipped is not None:
             path = folder / f"segment_{records[index].segment:08d}.log"
             path.write_bytes(path.read_bytes().replace(payload, flipped))
-            damaged |= {item.episode.episode_id for item in schema.decode_episodes(payload)}
+            damaged += schema.decode_episodes(payload)
     return damaged
+
+
+def _acknowledges(answer: Any) -> bool:
+    return isinstance(answer, list) and any(
+        isinstance(reply, InsertReply) and reply.status in ("stored", "duplicate") for reply in answer
+    )
 
 
 def _flip(payload: bytes, rng: np.random.Generator, must_decode: bool) -> bytes | None:

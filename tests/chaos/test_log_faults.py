@@ -7,7 +7,8 @@ from distributed_muzero.chaos.log_faults import (
     run_other_formats,
     run_torn_tails,
 )
-from distributed_muzero.replay import log
+from distributed_muzero.replay import log, log_format
+from distributed_muzero.replay.log_format import Record
 from distributed_muzero.replay.rate_limiter import RateLimiter
 from distributed_muzero.workers.replay_shard import ReplayShard
 
@@ -17,8 +18,25 @@ def test_a_tail_torn_at_any_byte_costs_its_record_only(tmp_path):
     assert result.n > 300 and result.broken == []
 
 
-def test_without_checksums_torn_tails_are_noticed_to_break(tmp_path, monkeypatch):
+def test_a_torn_tail_that_nobody_counts_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(ReplayShard, "stats", lambda self: {"corrupt_records": 0})
+    assert len(run_torn_tails(tmp_path, seed=1).broken) > 300
+
+
+def test_without_checksums_half_a_record_is_taken_for_one(tmp_path, monkeypatch):
+    def read_all(data, number):
+        """Neither checksums nor lengths are looked at."""
+        view, start = memoryview(data), data.find(log_format.MARKER)
+        while start >= 0:
+            body = start + log_format.RECORD.size
+            if body > len(view):
+                return
+            _, kind, length, *_ = log_format.RECORD.unpack_from(view, start)
+            end = body + length + -length % log_format.ALIGNMENT
+            yield start, min(end, len(view)), Record(kind, view[body : body + length], number)
+            start = data.find(log_format.MARKER, end)
+
+    monkeypatch.setattr(log_format, "_intact_records", read_all)
     assert len(run_torn_tails(tmp_path, seed=1).broken) > 300
 
 
@@ -29,7 +47,7 @@ def test_a_full_disk_loses_nothing_that_was_acknowledged(tmp_path):
 
 
 def test_a_shard_that_acknowledges_before_its_commit_loses_on_a_full_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(ReplayShard, "abandon", lambda self, offer, error: offer.replies)
+    monkeypatch.setattr(ReplayShard, "abandon", lambda self, offer, reason: offer.replies)
     assert log_faults.check_disk_full(tmp_path, seed=1, n=3).lost > 0
 
 
@@ -39,8 +57,9 @@ def test_other_formats_are_refused(tmp_path):
 
 
 def test_a_log_that_reads_any_format_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(log, "_check_formats", lambda *args: None)
-    monkeypatch.setattr(log, "_has_segment_header", lambda *args: True)
+    monkeypatch.setattr(log, "check_formats", lambda *args: None)
+    monkeypatch.setattr(log_format, "check_formats", lambda *args: None)
+    monkeypatch.setattr(log_format, "has_segment_header", lambda *args: True)
     assert len(run_other_formats(tmp_path, seed=1).broken) >= 6
 
 
