@@ -1,3 +1,6 @@
+import errno
+import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -5,6 +8,9 @@ import pytest
 
 from distributed_muzero.algorithm.returns import n_step_returns
 from distributed_muzero.config import AlgorithmConfig, make_config
+from distributed_muzero.replay import schema
+from distributed_muzero.replay.index import row_bytes
+from distributed_muzero.replay.sampler import PrioritizedSampler
 from distributed_muzero.workers.replay_shard import ReplayShard
 from tests.episodes import SPEC, make_episode
 
@@ -155,3 +161,145 @@ def test_evicted_transitions_are_counted(make_shard):
     stats = shard.stats()
     assert stats["transitions"] + stats["evicted_transitions"] == stats["inserted_transitions"] == 90
     assert stats["transitions"] <= 40
+
+
+# Limits -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_slack_is_of_all_shards_together(make_shard):
+    slacks = [make_shard(num_shards=n, error_buffer=100).limiter.error_buffer for n in (1, 4, 50)]
+    # At least a batch, so that one side can always move.
+    assert slacks == [100, 25, BATCH]
+
+
+def test_prioritised_rows_fit_the_budget_with_all_that_is_kept_of_them(make_shard):
+    num_rows = 4096 + 1  # the sum tree's worst case
+    budget = num_rows * (row_bytes(SPEC) + PrioritizedSampler.ROW_BYTES)
+    shard = make_shard(priority_exponent=0.6, max_transitions=10**6, max_bytes=budget)
+    assert shard.ring.capacity == num_rows
+    sampler, columns = shard.store.sampler, shard.ring.columns
+    arrays = [*columns, shard.ring.root_values, shard.ring.to_play, shard.ring._starts]
+    arrays += [sampler.priorities, sampler.versions, sampler._tree._nodes]
+    assert 0.95 * budget < sum(array.nbytes for array in arrays) <= budget
+    uniform = make_shard(max_transitions=10**6, max_bytes=budget)
+    assert uniform.ring.capacity > num_rows
+
+
+@pytest.mark.parametrize(("before", "after"), [(32, 4), (4, 32)])
+def test_a_run_that_goes_on_with_another_ratio_has_no_debts(make_shard, tmp_path, before, after):
+    shard = make_shard(folder=tmp_path / "s", samples_per_insert=before)
+    given = iter(range(10**6))
+    while next(given) < 5000:
+        shard.insert(episodes(1, num_steps=20, first=next(given)))
+        shard.sample_many(1000)
+    balance = shard.limiter.balance
+    shard.close()
+    again = make_shard(folder=tmp_path / "s", samples_per_insert=after)
+    slack = again.limiter.error_buffer
+    assert again.limiter.balance == pytest.approx(np.clip(balance, -slack, slack))
+    # Both sides move within two episodes.
+    replies = statuses(again.insert(episodes(2, num_steps=20, first=10**6)))
+    assert "stored" in replies and again.sample() is not None
+
+
+def test_a_run_that_was_offline_may_play_and_learn_at_once(make_shard, tmp_path):
+    shard = make_shard(folder=tmp_path / "s", error_buffer=1000)
+    shard.insert(episodes(10))
+    shard.close()
+    offline = make_shard(folder=tmp_path / "s", error_buffer=1000, num_actors=0)
+    assert len(offline.sample_many(5000)) == 5000
+    offline.close()
+    again = make_shard(folder=tmp_path / "s", error_buffer=1000)
+    assert statuses(again.insert(episodes(1, first=10))) == ["stored"]
+    assert again.sample() is not None
+    assert again.limiter.sampled == 5001 * BATCH and again.limiter.inserted == 110
+
+
+def test_episodes_found_after_the_last_state_count_under_the_limits_they_came_with(make_shard, tmp_path):
+    shard = make_shard(folder=tmp_path / "s", samples_per_insert=1.0, error_buffer=100)
+    shard.insert(episodes(1))
+    shard.flush()
+    shard.insert(episodes(9, first=1))
+    copy = tmp_path / "killed"
+    shutil.copytree(tmp_path / "s", copy)
+    again = make_shard(folder=copy, samples_per_insert=32.0, error_buffer=100)
+    assert again.limiter.inserted == 100 and again.limiter.balance == 100 - 20
+
+
+def test_another_share_of_reanalysed_steps_is_counted_from_then_on(make_shard, tmp_path):
+    shard = make_shard(folder=tmp_path / "s", error_buffer=1000, reanalyse={"ratio": 0.0})
+    shard.insert(episodes(10))
+    assert shard.take_for_reanalyse(100) == []
+    shard.close()
+    again = make_shard(folder=tmp_path / "s", error_buffer=1000, reanalyse={"ratio": 0.5})
+    # Not the hundred transitions of before: of those nobody said that they were to be searched anew.
+    assert again.take_for_reanalyse(100) == []
+    again.insert(episodes(2, first=10))
+    assert sum(episode.num_steps for _, episode in again.take_for_reanalyse(100)) == 20
+    assert again.stats()["refreshed_transitions"] == 20
+
+
+# Disks that fail --------------------------------------------------------------------------------------------------
+
+
+def refuse(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_learner_that_polls_a_full_disk_leaves_the_shard_usable(make_shard, monkeypatch):
+    shard = make_shard()
+    shard.insert(episodes(3))
+    num_open = len(os.listdir("/proc/self/fd"))
+    counts = shard.limiter.state()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", refuse)
+        for _ in range(300):
+            assert shard.sample() is None
+    assert len(os.listdir("/proc/self/fd")) <= num_open + 1
+    assert shard.limiter.state() == counts and shard.stats()["log_failures"] == 300
+    assert shard.sample() is not None
+
+
+def test_duplicates_of_what_is_stored_are_acknowledged_by_a_full_disk_too(make_shard, monkeypatch):
+    shard = make_shard()
+    shard.insert(episodes(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", refuse)
+        replies = shard.insert([*episodes(2), *episodes(2), make_episode(300, name="run/0/0/long")])
+    assert statuses(replies) == ["duplicate", "wait", "duplicate", "wait", "rejected"]
+    assert "No space left" in replies[1].reason
+    stats = shard.stats()
+    assert (stats["duplicates"], stats["log_failures"]) == (2, 1)
+    assert statuses(shard.insert(episodes(2))) == ["duplicate", "stored"]
+
+
+def test_an_insert_that_breaks_off_may_come_again(make_shard, monkeypatch):
+    shard = make_shard()
+
+    def fail(*arguments):
+        raise MemoryError
+
+    for owner, name in ((schema, "encode_episodes"), (os, "fsync")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            with pytest.raises(MemoryError):
+                shard.insert(episodes(1))
+    assert statuses(shard.insert(episodes(1))) == ["stored"]
+    assert shard.stats()["episodes"] == shard.stats()["inserted_episodes"] == 1
+
+
+def test_a_segment_that_can_not_be_dropped_is_counted_and_goes_later(make_shard, monkeypatch):
+    shard = make_shard(max_transitions=30, error_buffer=1e6, segment_bytes=2**16)
+    numbers = iter(range(10**6))
+
+    def fill():
+        shard.insert(episodes(1, num_steps=20, first=next(numbers)))
+        return shard.store.log.segments[0].number
+
+    while fill() == 1:
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        while shard.stats()["log_failures"] == 0:
+            assert fill() == 2
+    assert fill() > 2 and shard.stats()["log_failures"] == 1
