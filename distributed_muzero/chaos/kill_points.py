@@ -119,6 +119,23 @@ class KillResult(NamedTuple):
     optimizer_equal: bool
     steps_lost: int  # done before the kill, and done again
     occurrence: int  # of the point's calls, this one killed
+    resumed_from: int  # learner steps of the checkpoint that it went on from
+    steps_after: int  # made by the process that went on
+
+    @property
+    def broken(self) -> list[str]:
+        """What went wrong, in words: the ends differ, or nothing was resumed that they could differ in."""
+        checks = {
+            "weights differ": self.weights_equal,
+            "optimizer differs": self.optimizer_equal,
+            "it began anew": self.resumed_from > 0,
+            "it made no steps afterwards": self.steps_after > 0,
+        }
+        return [
+            f"{self.name}, occurrence {self.occurrence}: {text}"
+            for text, holds in checks.items()
+            if not holds
+        ]
 
 
 def run_kill_points(
@@ -133,7 +150,8 @@ def run_kill_points(
     """Runs a learner undisturbed, then one for each kill point (all of them, unless named) that is killed and goes on.
 
     folder: new or empty, one subfolder a run.   seed: of networks, batches, and which occurrence of a point kills.
-    progress: called with each result. Raises DistributedMuZeroError if a point isn't reached or a child fails.
+    progress: called with each result. Raises DistributedMuZeroError if a point isn't reached or a child fails, and
+    ValueError if there are too few checkpoints for a kill to leave one before and steps after.
     """
     length = {"steps": steps, "checkpoint_every": checkpoint_every}
     expected = _hashes(folder / "uninterrupted", _finish(folder / "uninterrupted", seed, **length), steps)
@@ -151,12 +169,14 @@ def run_kill_points(
         found = _hashes(folder / name, lines, steps)
         result = KillResult(
             name,
-            # The clock is the machine's. No step is left if the last checkpoint was complete.
+            # The clock is the machine's.
             seconds_to_resume=lines[:2][-1][1] - started,
             weights_equal=found["weights"] == expected["weights"],
             optimizer_equal=found["optimizer"] == expected["optimizer"],
             steps_lost=int(_lines(killed)[-1][0] - lines[0][0]),
             occurrence=occurrence,
+            resumed_from=int(lines[0][0]),
+            steps_after=int(lines[-1][0] - lines[0][0]),
         )
         results.append(result)
         if progress:
@@ -232,18 +252,29 @@ def arm(point: KillPoint, occurrence: int) -> None:
     setattr(point.owner, point.attribute, armed)
 
 
-def _choose_occurrence(name: str, seed: int, steps: int, checkpoint_every: int) -> int:
+def occurrences(name: str, steps: int, checkpoint_every: int) -> range:
+    """The calls of a point at which a kill tells something: a checkpoint is there, and steps are left after it.
+
+    Raises ValueError if there is none.
+    """
     num_checkpoints = -(-steps // checkpoint_every)
-    number = {
-        "step": steps,
-        "checkpoint": num_checkpoints,
-        "removal": num_checkpoints - LEARNER.keep_checkpoints,
+    # The first removal is at checkpoint keep + 1. The last checkpoint is left out: a kill in it may leave it complete.
+    calls = {
+        "step": range(checkpoint_every + 1, steps + 1),
+        "checkpoint": range(2, num_checkpoints),
+        "removal": range(1, num_checkpoints - LEARNER.keep_checkpoints),
     }[KILL_POINTS[name].per]
-    if number < 1:
+    if not calls:
         raise ValueError(
-            f"{name} needs more than {LEARNER.keep_checkpoints} checkpoints, got {num_checkpoints}"
+            f"{name} needs a checkpoint before it and steps after it; got {num_checkpoints} checkpoints, of which "
+            f"{LEARNER.keep_checkpoints} are kept"
         )
-    return int(np.random.default_rng([seed, list(KILL_POINTS).index(name)]).integers(1, number + 1))
+    return calls
+
+
+def _choose_occurrence(name: str, seed: int, steps: int, checkpoint_every: int) -> int:
+    rng = np.random.default_rng([seed, list(KILL_POINTS).index(name)])
+    return int(rng.choice(occurrences(name, steps, checkpoint_every)))
 
 
 def _run_child(

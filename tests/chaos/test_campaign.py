@@ -6,8 +6,10 @@ import json
 
 import pytest
 
-from distributed_muzero.chaos.campaign import PROMISES, Promise
-from distributed_muzero.chaos.live_run import run_live
+from distributed_muzero.chaos.campaign import PROMISES, Campaign, Promise, choose_points
+from distributed_muzero.chaos.history import check
+from distributed_muzero.chaos.kill_points import KILL_POINTS
+from distributed_muzero.chaos.live_run import DEEDS, LiveResult, run_live
 from tests.processes import run
 
 
@@ -56,14 +58,44 @@ def test_times_over_the_promised_limit_are_broken():
     assert promise.examples == ["11.0 s, promised 10", "one was lost"]
 
 
+def test_a_short_campaign_draws_its_kill_points_from_the_seed():
+    drawn = [choose_points(seed, 2) for seed in range(20)]
+    assert drawn == [choose_points(seed, 2) for seed in range(20)]
+    assert all(len(set(names)) == 2 for names in drawn)
+    assert len({name for names in drawn for name in names}) > 10
+    assert sorted(choose_points(1, len(KILL_POINTS))) == sorted(KILL_POINTS)
+
+
+def counted(verdict, **seconds):
+    """What a campaign makes of a live run: tries, breaks and the longest time by promise."""
+    campaign = Campaign(1, 1, set(), None, print)
+    times = {deed: seconds.get(deed, []) for deed in DEEDS}
+    campaign.add_live(LiveResult(times, [], {"P4": ["a learner at step 0"]}, verdict))
+    rows = campaign.to_json()["promises"]
+    return {row["id"]: (row["n"], row["broken"], row["max_seconds"]) for row in rows}
+
+
+def test_an_episode_lost_in_a_live_run_counts_once():
+    lost = check([], [], 100)._replace(lost=1, examples=("run/0/0/1 is lost",))
+    assert counted(lost, shard=[2.0], driver=[20.0], all=[30.0]) == {
+        "P2": (1, 1, 2.0),
+        "P4": (0, 1, None),
+        "P5": (2, 0, 30.0),
+    }
+    assert counted(lost, all=[130.0]) == {"P4": (0, 1, None), "P5": (1, 2, 130.0)}
+
+
 @pytest.mark.faults
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_whole_run_survives_the_death_of_its_parts_and_of_everything(tmp_path):
-    live = run_live(tmp_path, 2, shard_kills=1, learner_kills=1, stops=1, kills_of_all=1)
-    assert live.broken == []
+    deeds = {"shard": 1, "learner": 1, "stop": 1, "driver": 1, "all": 1}
+    live = run_live(tmp_path, 2, deeds)
+    assert live.broken == {}
     assert live.verdict.is_good, live.verdict
     assert live.verdict.acknowledged > 10
-    assert len(live.shard_seconds) == len(live.learner_seconds) == len(live.resume_seconds) == 1
-    assert live.stop_seconds[0] < 25
+    # The last stop is the end of the run.
+    assert {deed: len(seconds) for deed, seconds in live.seconds.items()} == {**deeds, "stop": 2}
+    assert max(live.seconds["stop"]) < 25
+    assert len(live.steps_lost) == 3
