@@ -96,7 +96,7 @@ class ReplayConfig(Section):
     max_bytes: Positive = 2 * 1024**3  # over all shards
     min_size_to_sample: Positive = 1_000  # transitions over all shards before the learner starts
     samples_per_insert: Annotated[float, Field(gt=0)] = 32.0  # sampled rows for each stored transition
-    # slack in samples; none = chosen from the batch
+    # slack in samples over all shards, each at least a batch; none = chosen from the batch
     error_buffer: Annotated[float, Field(gt=0)] | None = None
     # P ∝ priority^exponent; 0 = uniform
     priority_exponent: Annotated[float, Field(ge=0)] = 0.0
@@ -111,8 +111,8 @@ class ReanalyseConfig(Section):
     num_workers: Positive = 1
     batch_size: Positive = 128  # positions in one search
     num_simulations: Positive | None = None  # none = the search's own
-    # at the root, as in the actors' searches: without it, policies narrow before the games have shown why
-    root_noise: bool = False
+    # as in the actors' searches; without it a wrong policy may confirm itself for ever (decision 17)
+    root_noise: bool = True
     device: Literal["auto", "cpu", "cuda"] = "cpu"
 
 

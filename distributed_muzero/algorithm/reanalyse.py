@@ -22,7 +22,7 @@ def refresh(
     history_length: int,
     batch_size: int,
     num_simulations: int | None = None,
-    noise: bool = False,
+    noise: bool,
     rng: np.random.Generator,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """What the model's search says of every step: π [T, A] and ν [T+1] float32 of each episode (decision 17).
@@ -30,7 +30,8 @@ def refresh(
     The search is the one that actors play with. The steps of all episodes are searched together, `batch_size` at
     once. ν_T is 0 if the game terminated, else the network's value of the final observation.
     discount: negative where players alternate.  num_simulations: in place of the search's own.
-    noise: at the root, as for actors.  rng: for it. PUCT without noise follows from the weights alone.
+    noise: at the root, as for actors.  rng: for it. PUCT without noise follows from the weights alone, and never tries
+    an action whose prior has become small: a policy may stay wrong for ever.
     Raises NonFiniteError for NaN or Inf from the network, naming a step of an episode.
     """
     if not episodes:

@@ -49,7 +49,7 @@ def history_model():
 
 
 def refreshed(episodes, model=None, **options):
-    options = {"discount": 0.9, "history_length": 1, "batch_size": 8, "rng": rng(), **options}
+    options = {"discount": 0.9, "history_length": 1, "batch_size": 8, "rng": rng(), "noise": False, **options}
     return refresh(episodes, model or history_model(), options.pop("search", SEARCH), **options)
 
 
@@ -191,13 +191,38 @@ def test_policies_are_distributions_over_the_legal_actions():
         np.testing.assert_allclose(policies.sum(1), 1, atol=1e-6)
 
 
-def test_no_noise_reaches_the_targets():
+def test_noise_reaches_the_targets_only_when_asked_for():
     search = SearchConfig(num_simulations=12, dirichlet_fraction=1.0)
     once, again = (refreshed(some_episodes(), rng=rng(seed), search=search) for seed in (1, 2))
-    quiet = refreshed(some_episodes(), search=SearchConfig(num_simulations=12, dirichlet_fraction=0.0))
+    quiet = refreshed(
+        some_episodes(), search=SearchConfig(num_simulations=12, dirichlet_fraction=0.0), noise=True
+    )
     for (policies, _), (others, _), (expected, _) in zip(once, again, quiet, strict=True):
         np.testing.assert_array_equal(policies, others)
         np.testing.assert_array_equal(policies, expected)
+    once, again, same = (
+        refreshed(some_episodes(), rng=rng(seed), search=search, noise=True) for seed in (1, 2, 2)
+    )
+    assert any((one != other).any() for (one, _), (other, _) in zip(once, again, strict=True))
+    for (one, _), (other, _) in zip(again, same, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_only_noise_frees_a_policy_that_is_sure_of_a_wrong_action():
+    functions = (
+        lambda o: o.flatten(1)[:, :1].double(),
+        lambda s, a: (a == 1).double(),
+        lambda s, a: s,
+        lambda s: torch.zeros(len(s)),
+        lambda s: torch.tensor([[9.0, 0.0, 0.0]]).repeat(len(s), 1),
+    )
+    model = make_search_model(FunctionNetworks(*functions))
+    episode = make_episode(50)
+    episode = replace(episode, legal_masks=np.ones_like(episode.legal_masks))
+    [(stuck, _)] = refreshed([episode], model)
+    assert (stuck == [1, 0, 0]).all()
+    [(freed, _)] = refreshed([episode], model, noise=True)
+    assert freed[:, 1].mean() > 0.2
 
 
 def test_the_number_of_simulations_can_be_its_own():

@@ -114,7 +114,7 @@ def make(**sections):
         "algorithm": {"discount": DISCOUNT, "td_steps": 1, "num_unroll_steps": 2},
         "search": {"num_simulations": 9},
         "replay": {"max_transitions": 400, "min_size_to_sample": 1, "error_buffer": 1e9},
-        "reanalyse": {"ratio": 0.5, "batch_size": 8},
+        "reanalyse": {"ratio": 0.5, "batch_size": 8, "root_noise": False},  # exact answers
         "learner": {"batch_size": 16},
     }
     return make_config({name: {**first.get(name, {}), **sections.get(name, {})} for name in first | sections})
