@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,12 +64,12 @@ _SCALARS = {
     "truncated": pa.bool_(),
 }
 _ARRAYS = {
-    "legal_masks": pa.uint8(),
-    "actions": pa.int32(),
-    "rewards": pa.float32(),
-    "policies": pa.float32(),
-    "root_values": pa.float32(),
-    "to_play": pa.int8(),
+    "legal_masks": pa.list_(pa.uint8()),
+    "actions": pa.list_(pa.int32()),
+    "rewards": pa.list_(pa.float32()),
+    "policies": pa.list_(pa.float32()),
+    "root_values": pa.list_(pa.float32()),
+    "to_play": pa.list_(pa.int8()),
 }
 EPISODES = pa.schema(
     [
@@ -79,7 +79,7 @@ EPISODES = pa.schema(
         ("observation_dtype", pa.string()),
         ("observation_shape", pa.list_(pa.int32())),
         ("observations", pa.large_binary()),
-        *((name, pa.list_(kind)) for name, kind in _ARRAYS.items()),
+        *_ARRAYS.items(),
     ]
 )
 TARGETS = pa.schema(
@@ -144,8 +144,8 @@ def encode_targets(targets: Sequence[Targets]) -> bytes:
     columns = {
         "key": [item.key for item in targets],
         "version": [item.version for item in targets],
-        "policies": _lists([item.policies for item in targets], pa.float32()),
-        "root_values": _lists([item.root_values for item in targets], pa.float32()),
+        "policies": _lists([item.policies for item in targets], _ARRAYS["policies"]),
+        "root_values": _lists([item.root_values for item in targets], _ARRAYS["root_values"]),
     }
     return _pack(_batch(columns, TARGETS))
 
@@ -196,19 +196,24 @@ def _batch(columns: dict[str, Any], schema: pa.Schema) -> pa.RecordBatch:
 
 def _binary(arrays: Sequence[np.ndarray]) -> pa.LargeBinaryArray:
     data = b"".join(np.ascontiguousarray(array).data.cast("B") for array in arrays)
-    offsets = np.zeros(len(arrays) + 1, np.int64)
-    np.cumsum([array.nbytes for array in arrays], out=offsets[1:])
+    offsets = _offsets([array.nbytes for array in arrays], np.int64)
     return pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(arrays), [None, pa.py_buffer(offsets), pa.py_buffer(data)]
+        pa.large_binary(), len(arrays), [None, offsets, pa.py_buffer(data)]
     )
 
 
-def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.ListArray:
-    offsets = np.zeros(len(arrays) + 1, np.int32)
-    np.cumsum([array.size for array in arrays], out=offsets[1:])
+def _lists(arrays: Sequence[np.ndarray], kind: pa.ListType) -> pa.ListArray:
     flat = np.concatenate([array.ravel() for array in arrays])
-    values = pa.array(flat.view(np.uint8) if flat.dtype == bool else flat, kind)
-    return pa.ListArray.from_arrays(pa.array(offsets), values)
+    dtype = kind.value_type.to_pandas_dtype()
+    flat = flat.view(np.uint8) if flat.dtype == bool else flat.astype(dtype, copy=False)
+    values = pa.Array.from_buffers(kind.value_type, len(flat), [None, pa.py_buffer(flat)])
+    offsets = _offsets([array.size for array in arrays], np.int32)
+    return pa.Array.from_buffers(kind, len(arrays), [None, offsets], children=[values])
+
+
+def _offsets(sizes: Sequence[int], dtype: type) -> pa.Buffer:
+    """Where each of them begins, and where the last one ends."""
+    return pa.py_buffer(np.array([0, *accumulate(sizes)], dtype))
 
 
 def _unlist(column: pa.ListArray) -> list[np.ndarray]:
