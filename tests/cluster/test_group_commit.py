@@ -204,6 +204,24 @@ def test_what_came_after_a_failure_is_stored_although_it_began_before_it_was_tol
     asyncio.run(run())
 
 
+def test_what_was_appended_during_a_sync_that_fails_is_gone_with_it(shard, monkeypatch):
+    """Its own commit comes next and succeeds, with nothing left to store."""
+
+    async def run():
+        group = GroupCommit(shard.commit)
+        disk = Disk(monkeypatch, "fsync")
+        first = asyncio.create_task(insert(shard, group, episodes(0)))
+        await until(disk.entered.is_set)
+        second = asyncio.create_task(insert(shard, group, episodes(1)))
+        await asyncio.sleep(0.01)
+        disk.end(True)
+        assert (statuses(await first), statuses(await second)) == (["wait"], ["wait"])
+        assert statuses(await insert(shard, group, episodes(0, 1))) == ["stored", "stored"]
+
+    asyncio.run(run())
+    assert shard.stats()["log_failures"] == 1 and shard._num_pending == 0
+
+
 def test_every_failure_of_the_disk_is_counted_once(shard, monkeypatch):
     async def run():
         group = GroupCommit(shard.commit)
