@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from distributed_muzero.chaos.bad_disk import cut_to_synced
-from distributed_muzero.chaos.history import MAX_EXAMPLES, check
+from distributed_muzero.chaos.history import MAX_EXAMPLES, Verdict, check
 from distributed_muzero.chaos.mutators import make_episode
 from distributed_muzero.chaos.shard_process import SPEC, Protection, make_storm_config, taken_out
 from distributed_muzero.chaos.storm_watch import BATCHES_PER_CALL, MAX_STEPS, LimiterWatch, ResourceWatch
@@ -40,17 +40,19 @@ Mode = Literal["kill", "power_cut", "bad_disk"]
 LIFE_SECONDS = {"kill": (0.02, 0.4), "power_cut": (0.02, 0.4), "bad_disk": (0.1, 2.0)}
 SHARE_OF_LOST_REPLIES = 0.1
 SHARE_OF_REPETITIONS = 0.2  # offers that are made again before the first has an answer
+MAX_AT_ONCE = 4  # games that end together
 MAX_DELAY_SECONDS = 0.005
 FLIPS = 3  # records damaged at each kill
 CALL_SECONDS = 30.0
 START_SECONDS = 60.0
+WRONG = ("lost", "duplicates", "changed", "uninvited")  # of a verdict
 CONSUMER = (-1, 0)
 
 Client = tuple[int, int]  # a producer, and which of its pipes
 
 
 class StormResult(NamedTuple):
-    """What the history checker found after `kills` kills, and what was measured meanwhile."""
+    """What the history checker found at the end, or at the worst of `kills` kills, and what was measured meanwhile."""
 
     kills: int
     acknowledged: int
@@ -61,7 +63,7 @@ class StormResult(NamedTuple):
     changed: int
     uninvited: int
     unknown: int
-    recovery_seconds: list[float]  # from each kill to the first acknowledgement after it
+    recovery_seconds: list[float]  # from each restart to the first acknowledgement after it
     limiter_violations: int
     lost_replies: int
     damaged: int  # episodes in whose records bits were flipped; they don't count as lost
@@ -114,6 +116,7 @@ def run_storm(
         storm.stop()
     if mode != "kill":
         storm.cut_power()
+    storm.judge()
     return storm.result()
 
 
@@ -128,8 +131,9 @@ class _Storm:
         self.capacity = config.replay.max_transitions
         self.shard = ShardHandle(folder, config, without, num_producers)
         self.damaged: list[StoredEpisode] = []
+        self.verdicts: list[Verdict] = []
         self.recovery_seconds: list[float] = []
-        self.killed_at: float | None = None
+        self.started_at: float | None = None  # after a kill, until something is acknowledged
         self.num_kills = 0
         self.stopping = threading.Event()
         self.histories = [folder / f"producer_{index}.jsonl" for index in range(num_producers)]
@@ -143,6 +147,8 @@ class _Storm:
             thread.start()
 
     def start(self) -> None:
+        if self.num_kills:
+            self.started_at = time.monotonic()
         # Each incarnation fails at other calls.
         self.shard.start(1000 * self.seed + self.num_kills if self.mode == "bad_disk" else None)
 
@@ -153,15 +159,16 @@ class _Storm:
             if time.monotonic() > deadline:
                 raise DistributedMuZeroError(f"the shard in {self.folder} acknowledged nothing for a minute")
             time.sleep(0.002)
-        if when is not None and self.killed_at is not None:
-            self.recovery_seconds.append(when - self.killed_at)
-            self.killed_at = None
+        if when is not None and self.started_at is not None:
+            self.recovery_seconds.append(when - self.started_at)
+            self.started_at = None
 
     def kill(self, flips_bits: bool) -> None:
-        self.killed_at = self.shard.kill()
+        self.shard.kill()
         self.num_kills += 1
         if self.mode == "power_cut" or (self.mode == "bad_disk" and self.num_kills % 2):
             self.cut_power()
+        self.judge()
         if flips_bits:
             with taken_out(self.without):
                 self.damaged += flip_bits(self.shard.data / "episodes", self.rng, self.without == "checksum")
@@ -176,10 +183,18 @@ class _Storm:
             if thread.ident is not None:
                 thread.join()
 
-    def result(self) -> StormResult:
+    def judge(self) -> None:
+        """Checks the history as it is. At the end, what was wrong may have been evicted."""
         # Bytes that were written with other checksums can't be judged by the real ones.
         with taken_out("checksum" if self.without == "checksum" else None):
-            verdict = check(self.histories, [self.shard.data], self.capacity, self.damaged)
+            self.verdicts.append(check(self.histories, [self.shard.data], self.capacity, self.damaged))
+
+    def result(self) -> StormResult:
+        worst = {name: max(getattr(verdict, name) for verdict in self.verdicts) for name in WRONG}
+        examples = [example for verdict in self.verdicts for example in verdict.examples]
+        verdict = self.verdicts[-1]._replace(
+            **worst, examples=tuple(dict.fromkeys([*examples, *self.shard.failures]))[:MAX_EXAMPLES]
+        )
         return StormResult(
             kills=self.num_kills,
             recovery_seconds=self.recovery_seconds,
@@ -191,7 +206,7 @@ class _Storm:
             failures=len(self.shard.failures),
             leaked=self.consumer.resources.num_leaked,
             disk_faults=self.consumer.resources.num_faults,
-            **verdict._replace(examples=(*verdict.examples, *self.shard.failures)[:MAX_EXAMPLES])._asdict(),
+            **verdict._asdict(),
         )
 
 
@@ -237,16 +252,14 @@ class ShardHandle:
         for _, theirs in ends.values():
             theirs.close()
 
-    def kill(self) -> float:
-        """SIGKILL; returns when. The process is gone afterwards."""
+    def kill(self) -> None:
+        """SIGKILL. The process is gone afterwards."""
         has_crashed, process = self.has_crashed, self._process
-        now = time.monotonic()
         if process is not None and not has_crashed:
             os.kill(process.pid, signal.SIGKILL)
         if process is not None:
             process.wait()
         self._process = None
-        return now
 
     def call(self, client: Client, method: str, *arguments: Any) -> Any:
         """The shard's answer. Raises ShardLost without one, or where it says that it failed; that is counted."""
@@ -314,7 +327,7 @@ class _Producer(threading.Thread):
         outbox, report = Outbox(self._insert, num_shards=1, limit=4), ActorReport()
         number = 0
         while not self._stopping.is_set():
-            if not outbox.is_blocked:
+            for _ in range(0 if outbox.is_blocked else int(self._rng.integers(1, MAX_AT_ONCE + 1))):
                 steps = int(self._rng.integers(2, MAX_STEPS + 1))
                 name = f"storm/{self._index}/0/{number}"
                 outbox.put(make_episode(self._rng, SPEC, steps, name))
