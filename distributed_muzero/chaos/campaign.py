@@ -17,7 +17,7 @@ from distributed_muzero.chaos.kill_points import KILL_POINTS, run_kill_points
 from distributed_muzero.chaos.live_run import DEEDS, PATIENCE_SECONDS, LiveResult, run_live
 from distributed_muzero.chaos.mutators import run_mutators
 from distributed_muzero.chaos.shard_process import Protection
-from distributed_muzero.chaos.shard_storm import Mode, run_storm
+from distributed_muzero.chaos.shard_storm import MODES, Mode, run_storm
 
 # P5 promises no time but learning again: as long as the live run waits for that.
 LIMITS = {"P2": 10.0, "P4": 60.0, "P5": PATIENCE_SECONDS, "P11": 25.0}
@@ -90,8 +90,8 @@ class Campaign:
             self._check_learner()
             self._check_live_run()
         number = 0
-        while self._wants("P2", "P15") and (number < 2 or time.monotonic() < self._deadline):
-            self._storm(number, "kill" if number % 2 == 0 else "power_cut")
+        while self._wants("P2", "P15") and (number < len(MODES) or time.monotonic() < self._deadline):
+            self._storm(number, MODES[number % len(MODES)])
             number += 1
 
     def to_json(self) -> dict[str, Any]:
@@ -188,8 +188,7 @@ class Campaign:
                 flips_bits=mode == "power_cut",
             )
         self._count(storm)
-        wrong = storm.lost + storm.duplicates + storm.changed + storm.uninvited + storm.crashes
-        broken = in_words(wrong, storm.examples)
+        broken = in_words(storm.wrong, storm.examples)
         self.promises["P2"].add(storm.kills, broken, storm.recovery_seconds, LIMITS["P2"])
         self.promises["P15"].add(storm.kills, storm.limiter_violations)
 

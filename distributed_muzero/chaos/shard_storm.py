@@ -16,7 +16,7 @@ from dataclasses import fields
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,7 @@ from distributed_muzero.workers.replay_shard import InsertReply
 from distributed_muzero.workers.run_state import ActorReport
 
 Mode = Literal["kill", "power_cut", "bad_disk"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 # From an incarnation's first acknowledgement to its end. A disk needs some time to fail in many ways.
 LIFE_SECONDS = {"kill": (0.02, 0.4), "power_cut": (0.02, 0.4), "bad_disk": (0.1, 2.0)}
 SHARE_OF_LOST_REPLIES = 0.1
@@ -73,6 +74,12 @@ class StormResult(NamedTuple):
     leaked: int  # files that it had open beyond those that it needs
     disk_faults: int  # calls of the operating system that were made to fail
     examples: tuple[str, ...]
+
+    @property
+    def wrong(self) -> int:
+        """How much of it must not be; the limiter's bounds are another promise."""
+        episodes = self.lost + self.duplicates + self.changed + self.uninvited
+        return episodes + self.crashes + self.failures + (self.leaked > 0)
 
 
 class ShardLost(Exception):
@@ -191,10 +198,12 @@ class _Storm:
 
     def result(self) -> StormResult:
         worst = {name: max(getattr(verdict, name) for verdict in self.verdicts) for name in WRONG}
-        examples = [example for verdict in self.verdicts for example in verdict.examples]
-        verdict = self.verdicts[-1]._replace(
-            **worst, examples=tuple(dict.fromkeys([*examples, *self.shard.failures]))[:MAX_EXAMPLES]
-        )
+        examples = [
+            example for verdict in self.verdicts for example in verdict.examples
+        ] + self.shard.failures
+        if leaked := self.consumer.resources.num_leaked:
+            examples.append(f"{leaked} files too many were open")
+        verdict = self.verdicts[-1]._replace(**worst, examples=tuple(dict.fromkeys(examples))[:MAX_EXAMPLES])
         return StormResult(
             kills=self.num_kills,
             recovery_seconds=self.recovery_seconds,
@@ -204,7 +213,7 @@ class _Storm:
             damage_seen=self.consumer.damage_seen,
             crashes=self.shard.num_crashes,
             failures=len(self.shard.failures),
-            leaked=self.consumer.resources.num_leaked,
+            leaked=leaked,
             disk_faults=self.consumer.resources.num_faults,
             **verdict._asdict(),
         )

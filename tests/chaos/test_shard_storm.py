@@ -14,9 +14,8 @@ from distributed_muzero.workers.replay_shard import ReplayShard
 
 
 def assert_good(result):
-    bad = (result.lost, result.duplicates, result.changed, result.uninvited)
-    worse = (result.limiter_violations, result.crashes, result.failures, result.leaked)
-    assert (bad, worse) == ((0,) * 4, (0,) * 4), result
+    assert (result.wrong, result.limiter_violations) == (0, 0), result
+    assert result.lost == result.duplicates == result.crashes == result.failures == result.leaked == 0
     assert result.acknowledged > 50 and len(result.recovery_seconds) == result.kills
 
 
