@@ -28,6 +28,7 @@ from distributed_muzero.config import Config, make_config
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import ConfigError
 from distributed_muzero.replay.index import row_bytes
+from distributed_muzero.replay.sampler import PrioritizedSampler
 from distributed_muzero.types import Batch, Episode
 from distributed_muzero.workers.replay_shard import ReplayShard
 
@@ -131,9 +132,10 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
 
 def unlimited_config(spec: EnvironmentSpec, num_rows: int, priority_exponent: float = 0.0) -> Config:
     """One shard of `num_rows` rows whose limiter holds nobody back."""
+    sampler_bytes = PrioritizedSampler.ROW_BYTES if priority_exponent else 0
     replay = {
         "max_transitions": num_rows,
-        "max_bytes": num_rows * row_bytes(spec),
+        "max_bytes": num_rows * (row_bytes(spec) + sampler_bytes),
         "min_size_to_sample": 1,
         "samples_per_insert": 1e-9,
         "error_buffer": 1e18,
@@ -259,7 +261,7 @@ def _open_shard(
         "observations": f"{'×'.join(map(str, spec.observation_shape))} {spec.observation_dtype}",
         "sampling": "prioritised" if exponent else "uniform",
         "transitions": held,
-        "row_bytes": row_bytes(spec),
+        "row_bytes": shard.ring.row_bytes,
         "resident_bytes_per_transition": (after - before) / held if before else None,
         "recovery_seconds" if was_there else "fill_seconds": took,
     }

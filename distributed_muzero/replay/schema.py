@@ -94,6 +94,7 @@ PRIORITIES = pa.schema(
     [("key", pa.int64()), ("step", pa.int32()), ("priority", pa.float32()), ("version", pa.int64())]
 )
 IDS = pa.schema([("episode_id", pa.string())])
+_STATE_ENCODER = json.JSONEncoder(allow_nan=False)
 
 
 def encode_episodes(stored: Sequence[StoredEpisode]) -> bytes:
@@ -179,7 +180,7 @@ def decode_ids(payload: bytes | memoryview) -> list[str]:
 
 
 def encode_state(state: dict[str, Any]) -> bytes:
-    return json.dumps(state, allow_nan=False).encode()
+    return _STATE_ENCODER.encode(state).encode()
 
 
 def decode_state(payload: bytes | memoryview) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def test_its_episodes_have_the_size_that_is_told():
 def test_producers_are_processes_whose_episodes_are_durable(tmp_path):
     from distributed_muzero.cluster.session import ray_session
     from distributed_muzero.cluster.throughput import insert_speed
-    from distributed_muzero.replay import log
+    from distributed_muzero.replay import log_format
     from distributed_muzero.replay.schema import decode_episodes
 
     episodes = [replay.make_episode(replay.CARTPOLE, 20)] * 2
@@ -115,7 +115,7 @@ def test_producers_are_processes_whose_episodes_are_durable(tmp_path):
     with ray_session(2):
         speeds = insert_speed(config, tmp_path, episodes, 2, 0.1, 3)
     assert len(speeds) == 3 and min(speeds) > 0
-    records = log.read(Path(tmp_path) / "shard_0" / "episodes")
+    records = log_format.read(Path(tmp_path) / "shard_0" / "episodes")
     ids = [episode.episode_id for record in records for _, episode in decode_episodes(record.payload)]
     # A first call of each producer, then at least one in each turn.
     assert len(ids) == len(set(ids)) >= 2 * 2 * (1 + 3)

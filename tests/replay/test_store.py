@@ -306,27 +306,36 @@ def test_a_copy_that_was_given_up_is_not_taken_for_the_episode(tmp_path):
 
 
 def test_a_held_episode_outlives_the_segment_of_a_copy_that_was_given_up(tmp_path):
-    filler = iter(range(10**6))
+    numbers = iter(range(10**6))
 
-    def fill(shard):
-        name = f"run/0/1/{next(filler)}"
-        assert shard.insert([make_episode(200, name=name, spec=SPEC)])[0].status == "stored"
+    def fill(shard, num_steps=200):
+        name = f"run/0/1/{next(numbers)}"
+        assert shard.insert([make_episode(num_steps, name=name, spec=SPEC)])[0].status == "stored"
 
-    episode = make_episode(200, name="run/0/0/x", spec=SPEC)
-    with closing(make_shard(tmp_path / "shard", 0.0, 10**4)) as shard:
-        shard.store.log.append(Kind.EPISODES, encode_episodes([StoredEpisode(0, episode)]))
+    def segment_of(log):
+        return log.segments[0].number
+
+    episode = make_episode(10, name="run/0/0/x", spec=SPEC)
+    with closing(make_shard(tmp_path / "shard", 0.0, 1000)) as shard:
+        with_copy, _ = shard.store.log.append(Kind.EPISODES, encode_episodes([StoredEpisode(0, episode)]))
         shard.store._next_key = 1
+        fill(shard, 10)
         fill(shard)
-        copys_segment = shard.store.log.segments[0].number
-    with closing(make_shard(tmp_path / "shard", 0.0, 600)) as shard:
-        # Its state says that the copy was evicted.
-        while shard.store.log.segments[0].number == copys_segment:
+        fill(shard)
+        assert shard.insert([episode])[0].status == "stored"
+    with closing(make_shard(tmp_path / "shard", 0.0, 1000)) as shard:
+        log, journal = shard.store.log, shard.store.journal
+        assert segment_of(log) == with_copy
+        while segment_of(log) == with_copy:
             fill(shard)
-            if not shard.store.has_stored("run/0/0/x"):
-                shard.insert([episode])
         assert "run/0/0/x" in [entry.episode_id for entry in shard.ring]
-    with closing(make_shard(tmp_path / "shard", 0.0, 600)) as shard:
-        assert "run/0/0/x" in [entry.episode_id for entry in shard.ring]
+        shutil.copytree(tmp_path / "shard", tmp_path / "killed")
+        before_anew = segment_of(journal)
+        while segment_of(journal) == before_anew:
+            shard.flush()
+    for folder in ("killed", "shard"):
+        with closing(make_shard(tmp_path / folder, 0.0, 1000)) as shard:
+            assert "run/0/0/x" in [entry.episode_id for entry in shard.ring]
 
 
 def test_episodes_that_are_longer_than_a_smaller_ring_count_as_evicted(tmp_path):
@@ -427,6 +436,10 @@ def test_the_newest_version_is_known_whatever_it_came_with_and_after_a_restart(t
         for number in range(100):
             after.insert([make_episode(10, version=1, name=f"run/0/1/{number}", spec=SPEC)])
         assert key not in {entry.key for entry in after.ring}
+        journal = after.store.journal
+        first = journal.segments[0].number
+        while journal.segments[0].number == first:
+            after.flush()
     with closing(make_shard(tmp_path / "shard")) as after:
         assert versions(after) == 8
 
