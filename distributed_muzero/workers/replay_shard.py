@@ -110,7 +110,11 @@ class ReplayShard:
                 num_transitions += episode.num_steps
         stored, segment, generation = self.store.append(accepted) if accepted else ([], 0, 0)
         self._num_pending += num_transitions
-        names = [episode.episode_id for episode in episodes]
+        # What was rejected may have no id, or be no episode at all.
+        names = [
+            "" if reply.status == "rejected" else episode.episode_id
+            for episode, reply in zip(episodes, replies, strict=True)
+        ]
         return Offer(replies, names, stored, segment, generation, num_transitions)
 
     def commit(self) -> int:
