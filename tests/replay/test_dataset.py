@@ -30,7 +30,8 @@ from distributed_muzero.replay.dataset import (
     write_dataset,
 )
 from distributed_muzero.replay.inspection import replay_stats, select_episodes, verify_replay
-from distributed_muzero.replay.log import Damage, ReplayLog
+from distributed_muzero.replay.log import ReplayLog
+from distributed_muzero.replay.log_format import Damage
 from distributed_muzero.replay.schema import Kind, StoredEpisode, Targets, encode_episodes
 from distributed_muzero.types import Episode
 from distributed_muzero.workers.replay_shard import ReplayShard
