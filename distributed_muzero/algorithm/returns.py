@@ -22,12 +22,13 @@ def n_step_returns(
     """
     num_steps = len(rewards)
     sign = np.ones(num_steps + 1) if to_play is None else np.where(np.asarray(to_play) == 0, 1.0, -1.0)
-    signed_rewards = rewards * sign[:-1]
-    signed_values = values * sign
     returns = np.zeros(num_steps + 1)
-    for k in range(1 if literal_returns else 0, min(n, num_steps)):
-        returns[: num_steps - k] += discount**k * signed_rewards[k:]
+    if longest := min(n, num_steps):
+        weights = discount ** np.arange(float(longest))
+        if literal_returns:
+            weights[0] = 0
+        returns[:-1] = np.correlate(np.pad(rewards * sign[:-1], (0, longest - 1)), weights, "valid")
     steps = np.arange(num_steps + 1)
     horizon = np.minimum(n, num_steps - steps)
-    returns += discount**horizon * signed_values[steps + horizon]
+    returns += discount**horizon * (values * sign)[steps + horizon]
     return (returns * sign).astype(np.float32)

@@ -62,7 +62,6 @@ class EpisodeStore:
             opened.callback(self.log.close)
             self.journal = ReplayLog(folder / "journal", config.segment_bytes)
             opened.pop_all()
-        self.newest_version = -1  # of the weights behind anything that was ever stored; -1 = nothing was
         self._next_key = 0
         self._next_indexed_key = 0  # below it, the counters of the state know every episode
         self._pending: set[str] = set()  # ids, until they are indexed or abandoned
@@ -132,7 +131,6 @@ class EpisodeStore:
         self._live[episode.episode_id] = segment
         # A copy with an older key, given up by a disk that kept it, may have been taken for evicted.
         self._remembered.pop(episode.episode_id, None)
-        self._saw_version(episode.weights_version if targets is None else targets.version)
         self._newest_segment = max(self._newest_segment, segment)
         self._num_live[segment] = self._num_live.get(segment, 0) + 1
 
@@ -146,9 +144,6 @@ class EpisodeStore:
     def _remember_evicted(self, episode_id: str, segment: int) -> None:
         self._evicted_ids.setdefault(segment, []).append(episode_id)
         remember(self._remembered, [episode_id])
-
-    def _saw_version(self, version: int) -> None:
-        self.newest_version = max(self.newest_version, version)
 
     def _returns(self, rewards: np.ndarray, root_values: np.ndarray, to_play: np.ndarray) -> np.ndarray:
         return n_step_returns(rewards, root_values, self.algorithm.discount, self.algorithm.td_steps, to_play)
@@ -169,7 +164,6 @@ class EpisodeStore:
         self.ring.update_targets(entry, targets.version, targets.policies, targets.root_values, returns)
         self.sampler.refresh(entry)
         self._dirty_targets.add(entry.key)
-        self._saw_version(targets.version)
         return True
 
     def update_priorities(self, update: Priorities) -> int:
@@ -180,7 +174,6 @@ class EpisodeStore:
         return num_ignored
 
     def _apply_priorities(self, update: Priorities) -> int:
-        self._saw_version(int(update.versions.max(initial=-1)))
         keys, which = np.unique(update.keys, return_inverse=True)
         entries = [self.ring.get(int(key)) for key in keys]
         first_rows = np.array([entry.first_row if entry else 0 for entry in entries])
@@ -285,7 +278,6 @@ class EpisodeStore:
             "held_episodes": self.ring.num_episodes,
             "evicted_transitions": self.ring.num_evicted_transitions,
             "evicted_episodes": self.ring.num_evicted_episodes,
-            "newest_version": self.newest_version,
         }
         return {**state, **own}
 
@@ -318,7 +310,6 @@ class EpisodeStore:
             new_transitions += episode.num_steps * (key >= first_new)
         for update in journal.priorities:
             self._apply_priorities(update)
-        self._saw_version(state.get("newest_version", -1))
         self.ring.num_evicted_transitions += state.get("evicted_transitions", 0)
         self.ring.num_evicted_episodes += state.get("evicted_episodes", 0)
         self._next_indexed_key = self._next_key

@@ -316,7 +316,6 @@ class ReplayShard:
             "log_failures": store.num_refusals,
             "corrupt_records": sum(d.corrupt_records + d.torn_tails for d in damage),
             "missing_episodes": self.num_missing_episodes,
-            "newest_version": store.newest_version,
         }
 
 
