@@ -159,7 +159,11 @@ def taken_out(protection: Protection | None) -> Iterator[None]:
     owner, name, broken = {
         "dedupe": (EpisodeStore, "knows", lambda self, episode_id: False),
         "checksum": (log_format, "checksum", lambda data, start=0: 0),
-        "generation": (ReplayShard, "finish", lambda self, offer, _: finish(self, offer, offer.generation)),
+        "generation": (
+            ReplayShard,
+            "finish",
+            lambda self, offer, _: finish(self, offer, offer.appended.generation),
+        ),
         "cut": (ReplayLog, "_cut", lambda self, segment, size: None),
     }.get(protection or "", (None, "", None))
     if owner is None:

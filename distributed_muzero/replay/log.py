@@ -32,6 +32,8 @@ from distributed_muzero.replay.log_format import (
     segment_path,
 )
 
+REMEMBERED_GENERATIONS = 64
+
 
 class Segment(NamedTuple):
     number: int
@@ -81,7 +83,10 @@ class ReplayLog:
         self._last_number = max(self._sizes, default=0)
         # An empty folder has nothing to recover.
         self._ready = not self._sizes
-        self._has_appended = False
+        self.num_appended = 0  # records
+        self._num_synced: dict[
+            int, int
+        ] = {}  # of them, by each of the newest generations that a sync has covered
         self._lock = threading.Lock()
         self._one_sync = threading.Lock()
         # Bytes that wait for write(), by segment; the last one may still be growing.
@@ -110,7 +115,7 @@ class ReplayLog:
         Damage is counted in `self.damage`. A torn tail is cut off; other damage stays where it is, stepped over.
         Raises LogError for another format version, before it changes anything, and for a disk that refuses.
         """
-        if self._has_appended or self._folder_lock is None:
+        if self.num_appended or self._folder_lock is None:
             raise LogError(f"{self.folder}: recover() after append() or close()")
         self.damage = Damage()
         numbers = list(self._sizes)
@@ -145,7 +150,7 @@ class ReplayLog:
             # At once, so that no half record stays where memory is short.
             pending += b"".join((header, body, padding))
             self._tail = Segment(number, offset + num_bytes)
-            self._has_appended = True
+            self.num_appended += 1
             self.num_pending += 1
             return number, self.generation
 
@@ -163,7 +168,7 @@ class ReplayLog:
         with self._one_sync:
             with self._lock:
                 self._write_pending()
-                generation = self.generation
+                generation, num_appended = self.generation, self.num_appended
                 to_sync = [
                     (segment, segment.size) for segment in self._open if segment.size > segment.synced_size
                 ]
@@ -185,7 +190,17 @@ class ReplayLog:
                 for segment, size in to_sync:
                     segment.synced_size = size
                 self._close_finished()
+                self._num_synced[generation] = num_appended
+                self._num_synced.pop(generation - REMEMBERED_GENERATIONS, None)
             return generation
+
+    def has_synced(self, generation: int, number: int) -> bool:
+        """Whether the record of that generation that was the `number`-th to be appended is durable.
+
+        For the newest generations only. A sync may cover a record that was appended after the sync was asked for.
+        """
+        with self._lock:
+            return number <= self._num_synced.get(generation, 0)
 
     def start_segment(self) -> None:
         """The next append() begins a new segment, so that everything before can be dropped without it."""

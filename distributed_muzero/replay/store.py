@@ -36,6 +36,15 @@ MIN_JOURNAL_BYTES = 4 * 1024**2  # below this, writing it anew isn't worth it
 TARGETS_IN_A_RECORD = 256
 
 
+class Appended(NamedTuple):
+    """Episodes of one record of the log."""
+
+    stored: list[StoredEpisode]
+    segment: int
+    generation: int  # that a commit has to return
+    number: int  # of the record
+
+
 class Recovered(NamedTuple):
     state: dict[str, Any]  # the last that was written; empty in a new shard
     new_episodes: int  # stored after that state was written
@@ -89,32 +98,33 @@ class EpisodeStore:
         """Whether an episode of this id is in the ring, or was, so that it may be acknowledged."""
         return episode_id in self._live or episode_id in self._remembered
 
-    def append(self, episodes: Sequence[Episode]) -> tuple[list[StoredEpisode], int, int]:
-        """Puts valid, unknown episodes, at least one, into the log's next commit.
-
-        Returns them with their keys, their segment, and the generation that a commit has to return.
-        """
+    def append(self, episodes: Sequence[Episode]) -> Appended:
+        """Puts valid, unknown episodes, at least one, into the log's next commit."""
         stored = [StoredEpisode(self._next_key + i, episode) for i, episode in enumerate(episodes)]
         segment, generation = self.log.append(Kind.EPISODES, schema.encode_episodes(stored))
         self._next_key += len(stored)
         self._pending.update(episode.episode_id for episode in episodes)
-        return stored, segment, generation
+        return Appended(stored, segment, generation, self.log.num_appended)
 
     def commit(self) -> int:
         """Makes durable what was appended before. Returns its generation, see ReplayLog. Raises LogError."""
         return self.log.sync()
 
-    def index(self, stored: Iterable[StoredEpisode], segment: int) -> None:
+    def has_committed(self, appended: Appended) -> bool:
+        """Whether a commit has made them durable."""
+        return self.log.has_synced(appended.generation, appended.number)
+
+    def index(self, appended: Appended) -> None:
         """Makes committed episodes part of what is sampled, in the order in which they were appended."""
-        for key, episode in stored:
+        for key, episode in appended.stored:
             assert key >= self._next_indexed_key
             self._pending.discard(episode.episode_id)
-            self._add(key, episode, segment, None)
+            self._add(key, episode, appended.segment, None)
             self._next_indexed_key = key + 1
 
-    def abandon(self, stored: Iterable[StoredEpisode]) -> None:
+    def abandon(self, appended: Appended) -> None:
         """Forgets episodes whose commit failed: they may be offered again."""
-        self._pending.difference_update(item.episode.episode_id for item in stored)
+        self._pending.difference_update(item.episode.episode_id for item in appended.stored)
 
     def _add(self, key: int, episode: Episode, segment: int, targets: Targets | None) -> None:
         root_values = episode.root_values if targets is None else targets.root_values

@@ -19,12 +19,13 @@ from distributed_muzero.errors import LogError, RejectedEpisode
 from distributed_muzero.replay.index import Entry
 from distributed_muzero.replay.rate_limiter import RateLimiter, RefreshLimiter
 from distributed_muzero.replay.schema import Priorities, StoredEpisode, Targets
-from distributed_muzero.replay.store import EpisodeStore
+from distributed_muzero.replay.store import Appended, EpisodeStore
 from distributed_muzero.replay.validation import validate, validate_id
 from distributed_muzero.types import Batch, Episode
 
 logger = logging.getLogger(__name__)
 
+NOTHING = Appended([], 0, 0, 0)
 MAX_LOOKED_AT = 1000  # episodes in one search for those with outdated targets
 
 
@@ -41,9 +42,7 @@ class Offer:
 
     replies: list[InsertReply]
     episode_ids: list[str]
-    stored: list[StoredEpisode]
-    segment: int
-    generation: int  # that a commit has to return
+    appended: Appended
     num_transitions: int
 
 
@@ -108,14 +107,14 @@ class ReplayShard:
             if replies[-1].status == "stored":
                 accepted.append(episode)
                 num_transitions += episode.num_steps
-        stored, segment, generation = self.store.append(accepted) if accepted else ([], 0, 0)
+        appended = self.store.append(accepted) if accepted else NOTHING
         self._num_pending += num_transitions
         # What was rejected may have no id, or be no episode at all.
         names = [
             "" if reply.status == "rejected" else episode.episode_id
             for episode, reply in zip(episodes, replies, strict=True)
         ]
-        return Offer(replies, names, stored, segment, generation, num_transitions)
+        return Offer(replies, names, appended, num_transitions)
 
     def commit(self) -> int:
         """Makes what was begun durable; returns what `finish` asks for. Raises LogError if the disk refuses."""
@@ -126,18 +125,23 @@ class ReplayShard:
 
         generation: that commit's; it tells whether the disk refused these episodes. Offers finish as they began.
         """
-        if offer.stored and offer.generation != generation:
+        if offer.appended.stored and offer.appended.generation != generation:
             return self.abandon(offer, "the disk refused the write that held it")
         self._num_pending -= offer.num_transitions
         self.limiter.count_insert(offer.num_transitions)
-        self.inserted_episodes += len(offer.stored)
-        self.store.index(offer.stored, offer.segment)
+        self.inserted_episodes += len(offer.appended.stored)
+        self.store.index(offer.appended)
         return self._answer(offer, "")
 
     def abandon(self, offer: Offer, reason: str) -> list[InsertReply]:
-        """Tells that nothing of it is promised: what would have been stored has to wait."""
+        """A commit failed that began after the offer: what would have been stored has to wait.
+
+        Unless the commit before, which began while the offer did, has made it durable.
+        """
+        if offer.appended.stored and self.store.has_committed(offer.appended):
+            return self.finish(offer, offer.appended.generation)
         self._num_pending -= offer.num_transitions
-        self.store.abandon(offer.stored)
+        self.store.abandon(offer.appended)
         return self._answer(offer, reason)
 
     def _answer(self, offer: Offer, reason: str) -> list[InsertReply]:

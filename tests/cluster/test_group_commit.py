@@ -386,3 +386,36 @@ def test_what_could_not_be_made_is_not_tried_again():
         with pytest.raises(ValueError, match="attempt 1"):
             _ = shell.worker
     assert shell.other is shell.other
+
+
+def test_what_the_commit_before_has_stored_is_acknowledged_although_its_own_commit_fails(shard, monkeypatch):
+    """An offer may come between the start of a commit and its look at what there is to write."""
+    gates = [threading.Event() for _ in range(3)]
+    waiting = iter(gates)
+
+    def commit():
+        assert next(waiting).wait(10)
+        return shard.commit()
+
+    async def offer_three():
+        group = GroupCommit(commit)
+        first = asyncio.create_task(insert(shard, group, episodes(1)))
+        await asyncio.sleep(0.05)  # its commit has begun, and has written nothing yet
+        second = asyncio.create_task(insert(shard, group, episodes(2)))
+        await asyncio.sleep(0.05)
+        gates[0].set()
+        assert statuses(await first) == ["stored"]
+        third = asyncio.create_task(insert(shard, group, episodes(3)))
+        await asyncio.sleep(0.05)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", refuse)
+            gates[1].set()
+            gates[2].set()
+            return statuses(await second), statuses(await third)
+
+    assert asyncio.run(offer_three()) == (["stored"], ["wait"])
+    assert statuses(shard.insert(episodes(2, 3))) == ["duplicate", "stored"]
+
+
+def refuse(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
