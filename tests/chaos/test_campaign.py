@@ -33,7 +33,8 @@ def test_a_storm_keeps_what_was_acknowledged():
     assert (result["lost"], result["duplicates"]) == (0, 0)
     assert result["acknowledged"] > 10
     (p2,) = [row for row in result["promises"] if row["id"] == "P2"]
-    assert p2["n"] >= 4 and p2["max_seconds"] < 10
+    # Each of the three kinds of storm kills once at least.
+    assert p2["n"] >= 3 and p2["max_seconds"] < 10
 
 
 @pytest.mark.faults
