@@ -7,6 +7,7 @@ DistributedMuZeroError            each message says what came, what was expected
 ├── ContractError                 shapes, masks and numbers handed to planning, acting, training
 ├── NonFiniteError                NaN or Inf from an environment or a network, with step and seed
 ├── RunError                      the run's name, its folder, a run that exists or doesn't
+│   └── RunIsOver                 a limit was reached in an earlier launch
 ├── CheckpointError               a checkpoint that is missing, incomplete or corrupt
 │   └── CheckpointFormatError     a whole one, of a format that this version doesn't read
 ├── LogError                      a replay log that can't be written, locked or read
@@ -40,6 +41,10 @@ class NonFiniteError(DistributedMuZeroError):
 
 class RunError(DistributedMuZeroError):
     """The run's name or folder."""
+
+
+class RunIsOver(RunError):
+    """A run that goes on only with a higher limit."""
 
 
 class CheckpointError(DistributedMuZeroError):

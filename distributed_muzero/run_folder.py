@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +121,10 @@ class RunFolder:
                 int(known.get("versions", 0)),
             )
         except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise RunError(f"can't read the launches of the run in {self.launches_file}: {error}") from None
+            raise RunError(
+                f'can\'t read {self.launches_file}: {error}; write {{"launches": N, "versions": V}} into it, with '
+                "numbers above all that the run has used, such as 1000 and 1000000"
+            ) from None
         self.reserve_versions(launch, launch.first_version)
         return launch
 
@@ -132,8 +135,8 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"can't write {self.launches_file}: {error}; the old one is intact") from None
 
-    def change_config(self, config: Config) -> RunFolder:
-        """The run with other settings, written to its config.yaml. Raises RunError for those that can't change."""
+    def with_config(self, config: Config) -> RunFolder:
+        """The run with other settings, not written yet. Raises RunError for those that can't change."""
         for section, keys in FIXED.items():
             before, after = getattr(self.config, section), getattr(config, section)
             for key in keys or type(before).model_fields:
@@ -142,11 +145,22 @@ class RunFolder:
                         f"{section}.{key} of run {self.name!r} is {getattr(before, key)!r} and can't become "
                         f"{getattr(after, key)!r}: its weights and episodes depend on it; start a new run with it"
                     )
+        return RunFolder(self.path, config)
+
+    def write_config(self) -> None:
         try:
-            write_atomically(self.config_file, config.to_yaml().encode())
+            write_atomically(self.config_file, self.config.to_yaml().encode())
         except OSError as error:
             raise RunError(f"can't write {self.config_file}: {error}; the old one is intact") from None
-        return RunFolder(self.path, config)
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """All whole lines of evaluations.jsonl, oldest first; those that can't be read are left out."""
+        found = []
+        with suppress(OSError):
+            for line in self.evaluations_file.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError):
+                    found.append(json.loads(line))
+        return [line for line in found if isinstance(line, dict)]
 
     def write_datasets(self, paths: Sequence[Path]) -> None:
         """Notes what an offline run has yet to import; nothing once all of it is."""
@@ -223,7 +237,7 @@ def open_run(run: Path | str, runs_dir: Path | str = "runs") -> RunFolder:
     root, text = Path(runs_dir), str(run)
     if NAME.fullmatch(text) and (root / text).exists():
         path = _inside(root, text)
-    elif (Path(text) / "config.yaml").is_file():
+    elif (Path(text) / "config.yaml").is_file() or (Path(text) / "checkpoints").is_dir():
         path = Path(text).resolve()
     else:
         raise RunError(_missing(text, root))
@@ -266,7 +280,10 @@ def _read_config(path: Path) -> Config:
     try:
         sections = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RunError(f"{path.parent} isn't a run's folder: it has no config.yaml") from None
+        raise RunError(
+            f"{path.parent} has no config.yaml; if it is a run's folder, write the `config` of a "
+            "checkpoints/step_*/state.json there"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RunError(f"can't read the run's {path}: {error}") from None
     if not isinstance(sections, dict):

@@ -66,6 +66,9 @@ PROMISES = {
 # fmt: on
 
 
+STORM_PROMISES = frozenset({"P2", "P15"})
+
+
 class Campaign:
     """Runs every check once, then goes on with storms until its time is over."""
 
@@ -90,7 +93,7 @@ class Campaign:
             self._check_learner()
             self._check_live_run()
         number = 0
-        while self._wants("P2", "P15") and (number < len(MODES) or time.monotonic() < self._deadline):
+        while self._wants(*STORM_PROMISES) and (number < len(MODES) or time.monotonic() < self._deadline):
             self._storm(number, MODES[number % len(MODES)])
             number += 1
 

@@ -23,18 +23,28 @@ def chaos(
         float, typer.Option(min=0.01, help="Under 8, the costly checks are made fewer times.")
     ] = 8.0,
     seed: Annotated[int, typer.Option(min=0, help="What is killed, when, and how.")] = 1,
-    only: Annotated[str | None, typer.Option(help="Promises to check, separated by commas: P2,P3.")] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="Promises to check, separated by commas, of P2 P3 P4 P5 P8 P10 P11 P12 P13 P15 (docs/recovery.md)."
+        ),
+    ] = None,
     without: Annotated[
         Protection | None, typer.Option(help="Take a protection out, to see the campaign fail.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
 ) -> None:
     """Kill, tear, flip and fill up what the system stands on, and check what it promises. Exit 1 if one breaks."""
-    from distributed_muzero.chaos.campaign import PROMISES, Campaign
+    from distributed_muzero.chaos.campaign import PROMISES, STORM_PROMISES, Campaign
 
-    chosen = {name.strip() for name in only.split(",")} if only else set()
+    chosen = {name.strip().upper() for name in only.split(",")} if only else set()
     if unknown := chosen - PROMISES.keys():
         raise ConfigError(f"--only: unknown {', '.join(sorted(unknown))}; known: {', '.join(PROMISES)}")
+    if without and chosen and not chosen & STORM_PROMISES:
+        raise ConfigError(
+            f"--without {without.value} shows in {' and '.join(sorted(STORM_PROMISES))} only, and --only {only} "
+            "tries neither: leave one of the two out"
+        )
     campaign = Campaign(seed, minutes, chosen, without.value if without else None, tell)
     campaign.run()
     result = campaign.to_json()
@@ -67,3 +77,5 @@ def print_table(result: dict) -> None:
     console.print(
         f"acknowledged {result['acknowledged']}, lost {result['lost']}, duplicates {result['duplicates']}"
     )
+    broken = [row["id"] for row in result["promises"] if row["broken"]]
+    console.print(f"BROKEN: {', '.join(broken)}" if broken else "every promise was kept")

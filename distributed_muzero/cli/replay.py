@@ -247,6 +247,10 @@ def _text(value: Any) -> str:
 
 def _print_verification(result: Mapping[str, Any]) -> None:
     for shard in result["shards"]:
+        if shard["missing_episodes"]:
+            print(
+                f"shard {shard['shard']}: {shard['missing_episodes']} episodes that it held are no longer in its log"
+            )
         for name in ("episodes", "journal"):
             found = shard[name]
             print(

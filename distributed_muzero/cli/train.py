@@ -20,7 +20,7 @@ from distributed_muzero.config import (
     parse_overrides,
     preset_names,
 )
-from distributed_muzero.errors import ConfigError, RunError
+from distributed_muzero.errors import ConfigError, RunError, RunIsOver
 
 if TYPE_CHECKING:
     from distributed_muzero.run_folder import RunFolder
@@ -91,6 +91,8 @@ def train(
     layers = [_source(preset, env, config), given_only(options), parse_overrides(set_ or [])]
     if offline:
         layers[1:1] = [OFFLINE]
+    if resume is Resume.auto and name is None:
+        raise ConfigError("--resume auto goes on with the run of a name: give it with --name")
     chosen = make_config(*layers)
     if offline and not chosen.is_offline:
         raise ConfigError(f"--offline learns from stored episodes alone: leave out --actors {actors}")
@@ -158,19 +160,24 @@ def run_training(
     """Makes the run's folder, or opens it if it `may_exist`, fills it with the datasets' episodes, and trains."""
     from distributed_muzero.environments.registry import make_environment
     from distributed_muzero.networks.registry import check_name
-    from distributed_muzero.replay.dataset import open_sources
+    from distributed_muzero.replay.dataset import check_datasets
     from distributed_muzero.run_folder import create_run, open_run, run_names
 
     # What can't be made must not leave a run's folder behind.
     check_name(config.network.name)
-    make_environment(config.environment).close()
-    for path in datasets:
-        open_sources(path)
+    environment = make_environment(config.environment)
+    environment.close()
+    check_datasets(datasets, environment.spec)
     if may_exist and name in run_names(runs_dir):
         folder = open_run(name, runs_dir)
     else:
         folder = create_run(runs_dir, name, config)
-    train_in(folder, config, in_process, datasets)
+    try:
+        train_in(folder, config, in_process, datasets)
+    except RunIsOver as over:
+        if not may_exist:
+            raise
+        print(f"nothing is left to do: {over}")
 
 
 def train_in(folder: RunFolder, config: Config, in_process: bool, datasets: Sequence[Path] = ()) -> None:
@@ -185,17 +192,19 @@ def train_in(folder: RunFolder, config: Config, in_process: bool, datasets: Sequ
     from distributed_muzero.workers.bookkeeper import Bookkeeper
 
     with folder.locked(), Progress(limits=config.run) as progress, stop_on_signal(progress) as stop:
-        folder = folder.change_config(config)
+        folder = folder.with_config(config)
         import_stored(folder, datasets or folder.read_datasets(), progress.message, stop.is_set)
         book = Bookkeeper(config, folder, progress, launch=folder.begin_launch())
         progress.message(f"run {folder.name} in {folder.path}")
-        if book.launch:
+        if book.launch.number:
             progress.message(
                 f"going on from {book.state.env_steps} environment steps, "
                 f"{book.state.learner.learner_steps} learner steps"
             )
         if reason := book.state.stop_reason():
-            raise RunError(f"run {folder.name} is over: {reason}; resume it with a higher limit to go on")
+            book.close("finished")
+            raise RunIsOver(f"run {folder.name} is over: {reason}; resume it with a higher limit to go on")
+        folder.write_config()
         progress.message("starting its workers")
         status = "failed"
         try:

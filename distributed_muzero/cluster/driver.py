@@ -263,7 +263,7 @@ class Driver:
     def _tell_undelivered(self, num_episodes: int) -> None:
         if num_episodes:
             self.book.progress.message(
-                f"{num_episodes} finished games of actors that ended were not delivered"
+                f"{num_episodes} finished games were left with actors that ended: the shards take no more for now"
             )
 
     def _reanalyse(self, role: Role) -> None:

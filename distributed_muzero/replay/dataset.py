@@ -359,6 +359,15 @@ def never() -> bool:
     return False
 
 
+def check_datasets(paths: Sequence[Path], spec: EnvironmentSpec) -> list[Source]:
+    """What they are made of. Raises RunError for one that can't be read or is of another environment."""
+    sources = [source for path in paths for source in open_sources(path)]
+    expected = _facts_of_spec(spec)
+    for source in sources:
+        _check_facts(str(source.path), source.facts, expected)
+    return sources
+
+
 def import_datasets(
     paths: Sequence[Path], folder: Path, builder: ShardMaker, stop_requested: Callable[[], bool] = never
 ) -> ImportCounts:
@@ -368,10 +377,7 @@ def import_datasets(
     for one that doesn't fit the builder's environment, LogError while the run goes on. When a stop is requested, what
     was counted is stored, and the rest isn't.
     """
-    sources = [source for path in paths for source in open_sources(path)]
-    expected = _facts_of_spec(builder.spec)
-    for source in sources:
-        _check_facts(str(source.path), source.facts, expected)
+    sources = check_datasets(paths, builder.spec)
     num_shards = builder.config.replay.num_shards
     _check_nobody_writes(folder, builder.config)
     with ExitStack() as stack:

@@ -217,15 +217,31 @@ def verify_replay(
             result, ids = _verify_log(folder / name, spec, max_steps)
             result["duplicate_ids"] = [episode_id for episode_id in ids if _seen_before(episode_id, seen)]
             logs[name] = result
-        shards.append({"shard": index, **logs})
+        shards.append({"shard": index, "missing_episodes": _num_missing(folder), **logs})
     missing = sorted(set(range(num_shards)) - folders.keys())
     is_good = all(_is_good(shard[name]) for shard in shards for name in ("episodes", "journal"))
     return {
-        "ok": is_good and not missing,
+        "ok": is_good and not missing and not any(shard["missing_episodes"] for shard in shards),
         "missing_shards": missing,
         "validated_against": spec.id if spec else None,
         "shards": shards,
     }
+
+
+def _num_missing(shard: Path) -> int:
+    """Episodes that were held by the last state and aren't in the log.
+
+    0 where the state changes meanwhile, or a record can't be decoded, which is told elsewhere.
+    """
+    try:
+        journal = read_journal(shard)
+        found = find_episodes(_records(shard / "episodes", None), journal, shard)
+        next_key = journal.state.get("next_key", 0)
+        num_known = sum(fate == "held" and key < next_key for key, _, _, fate in found)
+    except LogError:
+        return 0
+    num_missing = max(journal.state.get("held_episodes", 0) - num_known, 0)
+    return num_missing if read_journal(shard).state == journal.state else 0
 
 
 def _verify_log(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from distributed_muzero import checkpoint
 from distributed_muzero.config import Config
-from distributed_muzero.errors import RunError
+from distributed_muzero.errors import CheckpointError, RunError
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.observability.recorder import Recorder
 from distributed_muzero.run_folder import FIRST_LAUNCH, Launch, RunFolder
@@ -21,6 +22,10 @@ TICK_SECONDS = 1.0
 # Weights versions are written down as given before they are, so many at once; a kill leaves the rest unused.
 RESERVED_VERSIONS = 100
 INCARNATIONS_A_LAUNCH = 10**6
+LOSSES = {
+    "missing_episodes": "stored episodes are no longer in the shards' logs",
+    "corrupt_records": "damaged or cut off records were found in the shards' logs",
+}
 
 
 class Bookkeeper:
@@ -46,6 +51,7 @@ class Bookkeeper:
         self._evaluated_step = self._saved_step = 0
         self._best_return = -np.inf
         self._shown_rejections: set[str] = set()
+        self._told_losses = dict.fromkeys(LOSSES, 0)
         self.launch = launch
         self._last_stand: tuple[Sequence[Mapping[str, float]], int, int, int] = ((), 0, 0, 0)
         # Of this launch's weights: a version is never given to two sets of weights.
@@ -82,6 +88,17 @@ class Bookkeeper:
         best = checkpoint.best_checkpoint(self.folder.checkpoints)
         if best is not None:
             self._best_return = best.mean_return
+        else:
+            self._mark_best_again()
+
+    def _mark_best_again(self) -> None:
+        """By the evaluations, of the checkpoints that are still there."""
+        for line in self.folder.read_evaluations():
+            step, mean_return = line.get("learner_steps"), line.get("mean_return")
+            if isinstance(step, int) and isinstance(mean_return, float) and mean_return >= self._best_return:
+                with suppress(CheckpointError):
+                    checkpoint.mark_best(self.folder.checkpoints, step, mean_return)
+                    self._best_return = mean_return
 
     def add_actor_report(self, report: ActorReport) -> None:
         """Counts what an actor did. A refusal is shown once for each kind of it."""
@@ -106,11 +123,20 @@ class Bookkeeper:
     ) -> bool:
         """Takes how the run stands; once a second, records the metrics, shows them, and returns True."""
         self._last_stand = (shards, num_desired, num_actors, num_restarts)
+        self._tell_of_losses(shards)
         is_due = self._clock() >= self._next_tick
         if is_due:
             self._next_tick = self._clock() + TICK_SECONDS
             self.write_status("running", self._record())
         return is_due
+
+    def _tell_of_losses(self, shards: Sequence[Mapping[str, float]]) -> None:
+        """What shards met when they started; told once for each number."""
+        for name, what in LOSSES.items():
+            number = int(sum(shard[name] for shard in shards))
+            if number > self._told_losses[name]:
+                self._told_losses[name] = number
+                self.progress.message(f"{number} {what}; the replay goes on with what is intact")
 
     def _record(self) -> dict[str, float]:
         shards, desired, live, restarts = self._last_stand

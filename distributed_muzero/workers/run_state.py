@@ -100,9 +100,12 @@ class RunState:
         """Why the run is over, in words; None while it isn't."""
         limits = self.config
         if limits.max_env_steps is not None and self.env_steps >= limits.max_env_steps:
-            return f"{self.env_steps} environment steps were played"
+            return (
+                f"{self.env_steps} environment steps were played (run.max_env_steps {limits.max_env_steps})"
+            )
         if limits.max_train_steps is not None and self.learner.learner_steps >= limits.max_train_steps:
-            return f"{self.learner.learner_steps} learner steps were made"
+            steps = self.learner.learner_steps
+            return f"{steps} learner steps were made (run.max_train_steps {limits.max_train_steps})"
         if limits.max_minutes is not None and self.seconds >= 60 * limits.max_minutes:
             return f"{limits.max_minutes:g} minutes are over"
         if self.has_reached_goal and self.evaluation is not None:

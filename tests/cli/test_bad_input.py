@@ -39,6 +39,12 @@ MISTAKES = {
     "negative seed": (("train", "--preset", "debug", "--seed", "-1"), "run.seed"),
     "unknown benchmark peer": (("bench", "search", "--against", "alphago"), "mctx"),
     "unknown command": (("trian",), "trian"),
+    "resuming nothing by name": (("train", *TINY, "--resume", "auto"), "--name"),
+    "a campaign that would check nothing": (
+        ("chaos", "--only", "p3,P8", "--without", "dedupe"),
+        "leave one of the two out",
+    ),
+    "dataset that isn't there": (("train", *TINY, "--offline", "nowhere.parquet"), "nowhere.parquet"),
 }
 
 
@@ -166,3 +172,34 @@ def test_a_network_that_gives_nan_is_named_with_the_step(tmp_path):
     assert done.returncode == 2, done.stderr
     assert "step" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_is_over_says_which_limit_and_changes_nothing(tmp_path):
+    run = ("--runs-dir", tmp_path, "--name", "r")
+    assert processes.run("train", *TINY, *run).returncode == 0
+    before = (tmp_path / "r" / "config.yaml").read_text()
+    refused = processes.run(
+        "resume", tmp_path / "r", "--max-train-steps", 3, "--set", "learner.learning_rate=1e-4"
+    )
+    assert refused.returncode == 2 and "run.max_train_steps 3" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert (tmp_path / "r" / "config.yaml").read_text() == before
+    # Whoever repeats one command until the run is over hears that it is.
+    again = processes.run("train", *TINY, *run, "--resume", "auto")
+    assert again.returncode == 0 and "nothing is left to do" in again.stdout
+
+
+def test_a_folder_without_config_says_where_its_settings_are(tmp_path):
+    assert processes.run("train", *TINY, "--runs-dir", tmp_path, "--name", "r").returncode == 0
+    (tmp_path / "r" / "config.yaml").unlink()
+    done = processes.run("resume", tmp_path / "r")
+    assert done.returncode == 2 and "state.json" in done.stderr
+
+
+def test_a_dataset_of_another_environment_leaves_no_run_behind(tmp_path):
+    assert processes.run("train", *TINY, "--runs-dir", tmp_path, "--name", "r").returncode == 0
+    done = processes.run(
+        "train", "--preset", "acrobot", "--offline", tmp_path / "r", "--runs-dir", tmp_path, "--name", "other"
+    )
+    assert done.returncode == 2 and "doesn't fit" in done.stderr
+    assert not (tmp_path / "other").exists()

@@ -118,6 +118,17 @@ def test_verify_finds_an_episode_that_is_in_two_shards(own):
     assert not result["shards"][0]["episodes"]["duplicate_ids"]
 
 
+def test_verify_misses_episodes_whose_file_is_gone_and_the_next_launch_tells_of_them(own):
+    (held,) = {item["episodes"] for item in replay("stats", own)["shards"] if item["shard"] == 1}
+    for path in (own / "replay" / "shard_1" / "episodes").glob("segment_*.log"):
+        path.unlink()
+    result = replay("verify", own, returncode=1)
+    assert [shard["missing_episodes"] for shard in result["shards"]] == [0, held]
+    assert f"{held} episodes that it held are no longer" in processes.run("replay", "verify", own).stdout
+    resumed = processes.run("resume", own, "--max-train-steps", 160, "--in-process")
+    assert resumed.returncode == 0 and f"{held} stored episodes are no longer" in resumed.stderr
+
+
 def test_verify_misses_a_shard(own):
     shutil.rmtree(own / "replay" / "shard_1")
     assert replay("verify", own, returncode=1)["missing_shards"] == [1]

@@ -32,7 +32,7 @@ SMALL = {
 def launch(folder, max_train_steps):
     """One launch of the run, to its end; returns its bookkeeper."""
     limits = {"run": {"max_train_steps": max_train_steps}}
-    folder = folder.change_config(make_config(folder.config.model_dump(), limits))
+    folder = folder.with_config(make_config(folder.config.model_dump(), limits))
     with Progress(limits=folder.config.run) as progress:
         book = Bookkeeper(folder.config, folder, progress, launch=folder.begin_launch())
         before = (book.state.env_steps, book.state.learner.learner_steps)
@@ -138,6 +138,15 @@ def test_checkpoints_are_due_by_time_while_an_evaluation_takes_long(run):
         book.close("stopped")
 
 
+def test_a_damaged_mark_of_the_best_is_set_again_by_the_evaluations(run):
+    launch(run, 40)
+    best = checkpoint.best_checkpoint(run.checkpoints)
+    (run.checkpoints / "best.json").write_text("{")
+    with Progress(limits=run.config.run) as progress:
+        Bookkeeper(run.config, run, progress, launch=run.begin_launch()).close("stopped")
+    assert checkpoint.best_checkpoint(run.checkpoints) == best
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [("network", "embedding_size", 9), ("environment", "id", "CartPole-v1"), ("replay", "num_shards", 2)],
@@ -145,7 +154,7 @@ def test_checkpoints_are_due_by_time_while_an_evaluation_takes_long(run):
 def test_what_weights_and_episodes_depend_on_can_not_change(run, section, key, value):
     changed = make_config(run.config.model_dump(), {section: {key: value}})
     with pytest.raises(RunError, match=rf"{section}.{key} of run 'r' is .* can't become {value!r}"):
-        run.change_config(changed)
+        run.with_config(changed)
     assert open_run(run.path).config == run.config
 
 
