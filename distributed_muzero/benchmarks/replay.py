@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -27,8 +28,8 @@ from distributed_muzero.benchmarks.one_thread import run_on_one_thread
 from distributed_muzero.config import Config, make_config
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import ConfigError
-from distributed_muzero.replay.index import row_bytes
-from distributed_muzero.replay.sampler import PrioritizedSampler
+from distributed_muzero.replay.index import EpisodeRing, row_bytes
+from distributed_muzero.replay.sampler import PrioritizedSampler, UniformSampler
 from distributed_muzero.types import Batch, Episode
 from distributed_muzero.workers.replay_shard import ReplayShard
 
@@ -65,8 +66,9 @@ def run_sampling(
     transitions: of CartPole's size that are held.   frame_bytes: what the held frames take at most.
     folder: where logs are written and removed again; the system's place for temporary files when absent.
 
-    Returns {"threads", "shards": one for each kind of observations and of sampling, "learner"}. Times are in
-    microseconds a batch, as {"median", "low", "high"}. Raises ConfigError.
+    Returns {"threads", "shards": one for each kind of observations and of sampling, "index": `transitions` frames
+    whose bytes overlap, so that the index is large and the memory isn't, "learner"}. Times are in microseconds a
+    batch, as {"median", "low", "high"}. Raises ConfigError.
     """
     if seconds <= 0 or not batches or min(batches) < 1:
         raise ConfigError(f"seconds {seconds}, batches {list(batches)}: expected numbers above 0")
@@ -113,6 +115,10 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
         for row in shard["batches"]:
             times = (row[name]["median"] for name in ("without_journal", "with_journal", "of_four"))
             table.add_row(*kind, str(row["batch"]), *(f"{time:,.0f}" for time in times))
+    for index in result["index"]:
+        kind = ("overlapping frames", index["sampling"], f"{index['transitions']:,}")
+        for row in index["batches"]:
+            table.add_row(*kind, str(row["batch"]), f"{row['without_journal']['median']:,.0f}", "", "")
     console.print(table)
     learner = result["learner"]
     console.print(
@@ -216,10 +222,14 @@ def bench_sampling(
                     to_learn = shard.sample_many(8)
                 shard.close()
                 del shard
+    index = [
+        _time_index(transitions, frame_bytes, exponent, batches, timer)
+        for exponent in (0.0, PRIORITY_EXPONENT)
+    ]
     learner = _time_learner(to_learn, timer)
     fastest = next(row for row in shards[0]["batches"] if row["batch"] == learner["batch"])
     learner["ratio"] = 1e6 / fastest["with_journal"]["median"] / learner["steps_per_second"]
-    return {"threads": 1, "shards": shards, "learner": learner}
+    return {"threads": 1, "shards": shards, "index": index, "learner": learner}
 
 
 class Timer(NamedTuple):
@@ -285,6 +295,52 @@ def _time_batches(shard: ReplayShard, rows: int, timer: Timer) -> dict[str, Any]
     }
     named = {name: time._asdict() for name, time in times.items()}
     return {"batch": rows, **named, "batches_per_second": 1e6 / times["with_journal"].median}
+
+
+def _time_index(
+    transitions: int, frame_bytes: int, exponent: float, batches: Sequence[int], timer: Timer
+) -> dict[str, Any]:
+    """Batches of frames out of a ring of so many, without a log. Frames begin a few bytes behind one another."""
+    small = FRAMES._replace(observation_shape=(1,))
+    steps = min(STEPS_PER_EPISODE[FRAMES.id], transitions)
+    num_episodes = transitions // steps
+    capacity = num_episodes * (steps + 1)
+    config = unlimited_config(FRAMES, capacity, exponent)
+    ring = EpisodeRing(small, capacity, capacity * (row_bytes(small) + PrioritizedSampler.ROW_BYTES))
+    sampler: UniformSampler | PrioritizedSampler = UniformSampler(ring)
+    if exponent:
+        sampler = PrioritizedSampler(ring, exponent, config.replay.importance_exponent)
+    episode = make_episode(small, steps)
+    for key in range(num_episodes):
+        ring.add(key, replace(episode, episode_id=f"bench/{key}"), episode.root_values, steps)
+        entry = ring.get(key)
+        assert entry is not None
+        sampler.add(entry)
+    frame = int(np.prod(FRAMES.observation_shape))
+    distance = max((frame_bytes - frame) // capacity, 1)
+    content = np.random.default_rng(0).integers(0, 256, distance * capacity + frame, np.uint8)
+    frames = np.lib.stride_tricks.sliding_window_view(content, frame)[::distance][:capacity]
+    columns = ring.columns._replace(
+        observations=frames.reshape(capacity, *FRAMES.observation_shape, copy=False)
+    )
+    rng = np.random.default_rng(0)
+
+    def draw_and_gather(rows: int) -> Batch:
+        drawn = sampler.sample(rows, rng)
+        return make_batch(
+            columns, drawn.rows, 1, config.algorithm.num_unroll_steps, drawn.importance_weights, rng
+        )
+
+    times = {rows: timer.microseconds(partial(draw_and_gather, rows)) for rows in batches}
+    return {
+        "sampling": "prioritised" if exponent else "uniform",
+        "transitions": ring.num_transitions,
+        "index_bytes_per_transition": row_bytes(small)
+        - 1
+        + (PrioritizedSampler.ROW_BYTES if exponent else 0),
+        "frame_bytes": frame,
+        "batches": [{"batch": rows, "without_journal": spread._asdict()} for rows, spread in times.items()],
+    }
 
 
 def _time_journal(shard: ReplayShard, timer: Timer) -> dict[str, Any]:

@@ -71,6 +71,12 @@ def history_at(episode, t, history_length):
     return stack
 
 
+def searched_alone(model, episode, t, history_length, discount):
+    observations = history_at(episode, t, history_length)[None]
+    legal_mask = episode.legal_masks[t][None]
+    return plan_batch(model, observations, legal_mask, SEARCH, discount, rng=None, noise=False)
+
+
 @pytest.mark.parametrize("history_length", [1, 4])
 @pytest.mark.parametrize("discount", [0.9, -0.9])
 def test_every_position_gets_the_answer_of_a_search_from_it_alone(history_length, discount):
@@ -80,15 +86,7 @@ def test_every_position_gets_the_answer_of_a_search_from_it_alone(history_length
     model = history_model()
     for episode, (policies, root_values) in zip(episodes, answers, strict=True):
         for t in range(episode.num_steps):
-            alone = plan_batch(
-                model,
-                history_at(episode, t, history_length)[None],
-                episode.legal_masks[t][None],
-                SEARCH,
-                discount,
-                rng=None,
-                noise=False,
-            )
+            alone = searched_alone(model, episode, t, history_length, discount)
             np.testing.assert_array_equal(policies[t], alone.action_weights[0])
             assert root_values[t] == alone.root_values[0]
         final = model.initial(history_at(episode, episode.num_steps, history_length)[None], 1)[0][0]
@@ -260,15 +258,7 @@ def test_our_networks_agree_with_a_search_from_each_position_alone(history_lengt
     answers = refreshed(episodes, model, history_length=history_length)
     for episode, (policies, root_values) in zip(episodes, answers, strict=True):
         for t in range(episode.num_steps):
-            alone = plan_batch(
-                model,
-                history_at(episode, t, history_length)[None],
-                episode.legal_masks[t][None],
-                SEARCH,
-                0.9,
-                rng=None,
-                noise=False,
-            )
+            alone = searched_alone(model, episode, t, history_length, 0.9)
             # A matrix product of one row rounds in another order than that of many.
             np.testing.assert_allclose(policies[t], alone.action_weights[0], atol=1.1 / 12)
             assert root_values[t] == pytest.approx(alone.root_values[0], abs=1e-3)

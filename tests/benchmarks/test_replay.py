@@ -58,6 +58,16 @@ def test_all_kinds_of_observations_and_sampling_are_measured(result):
             assert row["batches_per_second"] == pytest.approx(1e6 / row["with_journal"]["median"])
 
 
+def test_a_large_index_is_measured_without_as_much_memory(result):
+    assert [index["sampling"] for index in result["index"]] == ["uniform", "prioritised"]
+    for index in result["index"]:
+        assert index["transitions"] == 1000 and index["frame_bytes"] == 96 * 96 * 4
+        assert [row["batch"] for row in index["batches"]] == [3, 8]
+        assert all(is_spread(row["without_journal"]) for row in index["batches"])
+    uniform, prioritised = (index["index_bytes_per_transition"] for index in result["index"])
+    assert 50 < uniform < prioritised < 200
+
+
 def test_the_ratio_is_that_of_batches_to_learner_steps(result):
     learner = result["learner"]
     assert learner["batch"] == 8
