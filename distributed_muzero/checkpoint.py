@@ -19,7 +19,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,8 +139,10 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
-def prune_checkpoints(folder: Path, keep: int) -> list[Path]:
-    """Removes what is older than the last `keep` intact checkpoints, but the best; returns what it removed.
+def prune_checkpoints(folder: Path, keep: int, spared: Collection[int] = ()) -> list[Path]:
+    """Removes what is older than the last `keep` intact checkpoints, but the best and the steps in `spared`.
+
+    Returns what it removed.
 
     A corrupt one doesn't count, so that there is always one to fall back to. One of a format that isn't read here
     doesn't count and stays. A damaged best.json stops pruning: it is better to hold too many than to lose the best.
@@ -157,10 +159,10 @@ def prune_checkpoints(folder: Path, keep: int) -> list[Path]:
     kept = list(itertools.islice(filter(_is_intact, paths), keep))
     if len(kept) < keep:
         return []
-    spared = _checkpoint_path(folder, best.step) if best else None
+    stay = {_checkpoint_path(folder, step) for step in (*spared, *([best.step] if best else []))}
     removed = []
     for path in paths:
-        if path != spared and _order(path) < _order(kept[-1]) and not _format_error(path):
+        if path not in stay and _order(path) < _order(kept[-1]) and not _format_error(path):
             try:
                 _remove(path)
                 removed.append(path)

@@ -246,7 +246,7 @@ def open_run(run: Path | str, runs_dir: Path | str = "runs") -> RunFolder:
 
 def run_names(runs_dir: Path | str) -> list[str]:
     """The runs in a folder, newest first."""
-    found = [path.parent for path in Path(runs_dir).glob("*/config.yaml")]
+    found = [path.parent for path in Path(runs_dir).glob("*/config.yaml") if NAME.fullmatch(path.parent.name)]
     found.sort(key=lambda path: (path / "config.yaml").stat().st_mtime, reverse=True)
     return [path.name for path in found]
 

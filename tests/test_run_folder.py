@@ -174,6 +174,8 @@ def test_a_kill_while_a_run_is_made_leaves_its_name_free(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run_folder, "write_atomically", killed)
         create_run(tmp_path, "r", ODD)
+    (tmp_path / ".creating-s-1").mkdir()
+    (tmp_path / ".creating-s-1" / "config.yaml").write_text("")
     assert run_names(tmp_path) == []
     assert create_run(tmp_path, "r", ODD).name == "r"
 

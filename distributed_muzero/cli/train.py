@@ -189,11 +189,16 @@ def train_in(folder: RunFolder, config: Config, in_process: bool, datasets: Sequ
         from distributed_muzero.workers.local import train as train_loop
     else:
         from distributed_muzero.cluster.session import train as train_loop
-    from distributed_muzero.workers.bookkeeper import Bookkeeper
+    from distributed_muzero.workers.bookkeeper import Bookkeeper, why_over
 
     with folder.locked(), Progress(limits=config.run) as progress, stop_on_signal(progress) as stop:
         folder = folder.with_config(config)
+        if reason := why_over(folder):
+            raise RunIsOver(f"run {folder.name} is over: {reason}; resume it with a higher limit to go on")
+        folder.write_config()
         import_stored(folder, datasets or folder.read_datasets(), progress.message, stop.is_set)
+        if stop.is_set():
+            return
         book = Bookkeeper(config, folder, progress, launch=folder.begin_launch())
         progress.message(f"run {folder.name} in {folder.path}")
         if book.launch.number:
@@ -201,10 +206,6 @@ def train_in(folder: RunFolder, config: Config, in_process: bool, datasets: Sequ
                 f"going on from {book.state.env_steps} environment steps, "
                 f"{book.state.learner.learner_steps} learner steps"
             )
-        if reason := book.state.stop_reason():
-            book.close("finished")
-            raise RunIsOver(f"run {folder.name} is over: {reason}; resume it with a higher limit to go on")
-        folder.write_config()
         progress.message("starting its workers")
         status = "failed"
         try:

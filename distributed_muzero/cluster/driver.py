@@ -109,6 +109,8 @@ class Driver:
         self.num_desired_actors = config.actor.num_actors
         self.shard_stats: dict[int, dict[str, float]] = {}
         self._state_is_asked = self._is_evaluating = False
+        self._learner_has_begun = self._has_ended = False
+        self._num_actor_starts: dict[int, int] = {}  # by index, of actors that left
         self._was_told_to_stop = False
         self._next_exchange = 0.0
 
@@ -117,10 +119,11 @@ class Driver:
         try:
             return self._run()
         except DistributedMuZeroError:
-            try:
-                self._end()
-            except DistributedMuZeroError as error:
-                self.book.progress.message(str(error))
+            if not self._has_ended:
+                try:
+                    self._end()
+                except DistributedMuZeroError as error:
+                    self.book.progress.message(str(error))
             raise
 
     def _run(self) -> str:
@@ -178,9 +181,9 @@ class Driver:
         return RunControl.options(**options).remote(self.num_desired_actors)
 
     def _start_learner(self) -> None:
-        self.learner.start()
-        self._state_is_asked = False
         saved = checkpoint.latest_checkpoint(self.book.folder.checkpoints)
+        self.learner.start()
+        self._state_is_asked = self._learner_has_begun = False
         handle, published = self.learner.handle, self.published
         # A version is never given to two sets of weights; a lost learner may have been ahead of its answers.
         version = published.version + 1 + LEARNER_CALLS_IN_FLIGHT if published else self.book.first_version
@@ -188,7 +191,7 @@ class Driver:
             begun = handle.start_from.remote(published.weights, published.learner_steps, version)
         else:
             begun = handle.begin.remote(saved and saved.tensors, saved and saved.state, version)
-        self._call(self.learner, begun, ignore, shows_work=False)
+        self._call(self.learner, begun, self._on_begun, shows_work=False)
         if self.published is None:
             call = self.learner.handle.weights.remote()
             self._call(self.learner, call, self._on_first_weights, shows_work=False)
@@ -198,7 +201,7 @@ class Driver:
     def _reconcile(self) -> None:
         while len(self.actors) < self.num_desired_actors:
             index = len(self.actors)
-            first = self.book.first_incarnation
+            first = self.book.first_incarnation + self._num_actor_starts.get(index, 0)
             role = Role(f"actor {index}", partial(self._make_actor, index), first_incarnation=first)
             self.actors.append(role)
             role.start()
@@ -206,6 +209,9 @@ class Driver:
         while len(self.actors) > self.num_desired_actors:
             self._forget(role := self.actors.pop())
             role.is_leaving = True
+            self._num_actor_starts[len(self.actors)] = (
+                role.first_incarnation + role.num_starts - self.book.first_incarnation
+            )
             self._call(role, role.handle.drain.remote(), partial(self._on_drained, role))
         now = time.monotonic()
         if now >= self._next_exchange:
@@ -275,6 +281,9 @@ class Driver:
     def _on_reanalyse(self, role: Role, report: Any) -> None:
         self.book.state.add_reanalyse_report(report)
         self._reanalyse(role)
+
+    def _on_begun(self, _: None) -> None:
+        self._learner_has_begun = True
 
     def _on_first_weights(self, answer: tuple[int, Any]) -> None:
         version, weights = answer
@@ -426,12 +435,14 @@ class Driver:
 
     def _end(self, evaluate: bool = False) -> None:
         """Saves what actors, shards and learner still have. Raises RunError if what was learnt last is lost."""
+        self._has_ended = True
         deadline = time.monotonic() + STOP_SECONDS
         drained = self._ask_all("actors", [role.handle.drain.remote() for role in self.actors])
         self._tell_undelivered(sum(drained.values()))
         flushes = [role.handle.flush.remote() for role in self.shards]
         self.shard_stats.update(self._ask_all("replay shards", flushes))
-        if self._steps:  # else the learner may not even have started
+        # Else it may not even have started, or hold random weights; all that was learnt is in the checkpoints.
+        if self._learner_has_begun and self._steps:
             self._write_last_checkpoint(deadline, evaluate)
 
     def _ask_all(self, whom: str, calls: list[Any]) -> dict[int, Any]:
@@ -479,7 +490,3 @@ def gpu_share(config: Config, num_gpus: int) -> float:
     """Of a GPU, for each of the learner and the reanalysers that may use one: all of them find a place."""
     on_gpu = (config.learner.device != "cpu") + num_reanalysers(config) * (config.reanalyse.device != "cpu")
     return 1 / math.ceil(on_gpu / num_gpus) if num_gpus and on_gpu else 0
-
-
-def ignore(result: object) -> None:
-    """For calls that are only waited for."""

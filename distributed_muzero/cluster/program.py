@@ -38,6 +38,7 @@ MAX_UPDATES_IN_FLIGHT = 32  # of priorities
 LOST_REST_SECONDS = 0.5  # before a shard that was lost is asked again
 INSERT_TIMEOUT_SECONDS = 20.0
 SAMPLE_TIMEOUT_SECONDS = 20.0
+DRAIN_SECONDS = 4.0
 
 
 class made_at_first_use:
@@ -121,8 +122,8 @@ class ActorWorker:
 
     def drain(self) -> int:
         """Delivers what is finished, as far as the shards take it; returns how many episodes are left."""
-        self.outbox.flush(ActorReport())
-        return len(self.outbox)
+        deadline = time.monotonic() + DRAIN_SECONDS
+        return self.outbox.drain(lambda: time.monotonic() >= deadline)
 
 
 @ray.remote(num_cpus=0)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,37 @@ LOSSES = {
     "missing_episodes": "stored episodes are no longer in the shards' logs",
     "corrupt_records": "damaged or cut off records were found in the shards' logs",
 }
+
+
+class Stand(NamedTuple):
+    """The counts of a run: of the last second where that can be read, else of the newest checkpoint."""
+
+    env_steps: int
+    episodes: int
+    learner_steps: int  # of the checkpoint, from which the learner goes on
+    weights_version: int
+
+
+def read_stand(folder: RunFolder, tell: Callable[[str], None]) -> Stand:
+    """Where earlier launches left a run. Raises CheckpointError if no checkpoint is intact."""
+    saved = checkpoint.latest_checkpoint(folder.checkpoints)
+    known: list[Mapping[str, Any]] = [saved.state] if saved else []
+    try:
+        known.append(folder.read_status() or {})
+    except RunError as error:
+        tell(str(error))
+
+    def last(name: str) -> int:
+        return max((counts.get(name, 0) for counts in known), default=0)
+
+    return Stand(last("env_steps"), last("episodes"), saved.step if saved else 0, last("weights_version"))
+
+
+def why_over(folder: RunFolder) -> str | None:
+    """Which limit a run has reached before it is launched again, in words; changes nothing."""
+    state = RunState(folder.config.run, time.monotonic)
+    state.restore(*read_stand(folder, lambda _: None))
+    return state.stop_reason()
 
 
 class Bookkeeper:
@@ -72,19 +103,9 @@ class Bookkeeper:
         self.folder.reserve_versions(self.launch, end)
 
     def _go_on(self) -> None:
-        """Takes the counts of earlier launches: of the last second where that can be read."""
-        saved = checkpoint.latest_checkpoint(self.folder.checkpoints)
-        known: list[Mapping[str, Any]] = [saved.state] if saved else []
-        try:
-            known.append(self.folder.read_status() or {})
-        except RunError as error:
-            self.progress.message(str(error))
-        env_steps, episodes, version = (
-            max((counts.get(name, 0) for counts in known), default=0)
-            for name in ("env_steps", "episodes", "weights_version")
-        )
-        self._evaluated_step = self._saved_step = saved.step if saved else 0
-        self.state.restore(env_steps, episodes, self._saved_step, version)
+        stand = read_stand(self.folder, self.progress.message)
+        self._evaluated_step = self._saved_step = stand.learner_steps
+        self.state.restore(*stand)
         best = checkpoint.best_checkpoint(self.folder.checkpoints)
         if best is not None:
             self._best_return = best.mean_return
@@ -174,7 +195,9 @@ class Bookkeeper:
                 "config": self.config.model_dump(mode="json"),
             },
         )
-        checkpoint.prune_checkpoints(self.folder.checkpoints, self.config.learner.keep_checkpoints)
+        # The one that is being evaluated may turn out to be the best.
+        keep = self.config.learner.keep_checkpoints
+        checkpoint.prune_checkpoints(self.folder.checkpoints, keep, {self._evaluated_step})
         return path
 
     def begin_evaluation(self, learner_steps: int) -> None:

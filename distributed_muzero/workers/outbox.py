@@ -61,3 +61,14 @@ class Outbox:
                 if answer.status != "wait":
                     done.add(episode.episode_id)
         self._waiting = [episode for episode in self._waiting if episode.episode_id not in done]
+
+    def drain(self, is_over: Callable[[], bool]) -> int:
+        """Offers as long as something is taken; returns how many episodes are left.
+
+        A shard that held back is offered one episode at first.
+        """
+        before = len(self) + 1
+        while before > len(self) > 0 and not is_over():
+            before = len(self)
+            self.flush(ActorReport())
+        return len(self)

@@ -177,16 +177,18 @@ def test_a_network_that_gives_nan_is_named_with_the_step(tmp_path):
 def test_a_run_that_is_over_says_which_limit_and_changes_nothing(tmp_path):
     run = ("--runs-dir", tmp_path, "--name", "r")
     assert processes.run("train", *TINY, *run).returncode == 0
-    before = (tmp_path / "r" / "config.yaml").read_text()
+    files = sorted(path for path in (tmp_path / "r").rglob("*") if path.is_file())
+    before = [path.read_bytes() for path in files]
     refused = processes.run(
         "resume", tmp_path / "r", "--max-train-steps", 3, "--set", "learner.learning_rate=1e-4"
     )
     assert refused.returncode == 2 and "run.max_train_steps 3" in refused.stderr
     assert "Traceback" not in refused.stderr
-    assert (tmp_path / "r" / "config.yaml").read_text() == before
     # Whoever repeats one command until the run is over hears that it is.
     again = processes.run("train", *TINY, *run, "--resume", "auto")
     assert again.returncode == 0 and "nothing is left to do" in again.stdout
+    assert sorted(path for path in (tmp_path / "r").rglob("*") if path.is_file()) == files
+    assert [path.read_bytes() for path in files] == before
 
 
 def test_a_folder_without_config_says_where_its_settings_are(tmp_path):

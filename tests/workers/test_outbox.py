@@ -122,3 +122,13 @@ def test_flushing_an_empty_outbox_asks_nobody(tmp_path):
     wire = Wire(tmp_path, 1)
     filled(wire, number=0).flush(ActorReport())
     assert wire.offers == []
+
+
+def test_draining_delivers_all_that_a_returned_shard_takes(tmp_path):
+    wire = Wire(tmp_path, 2)
+    outbox = filled(wire)
+    wire.loses_offers = True
+    assert outbox.drain(lambda: False) == 20
+    wire.loses_offers = False
+    assert outbox.drain(lambda: True) == 20
+    assert outbox.drain(lambda: False) == 0 and stored(wire) == 20

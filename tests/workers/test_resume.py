@@ -138,6 +138,23 @@ def test_checkpoints_are_due_by_time_while_an_evaluation_takes_long(run):
         book.close("stopped")
 
 
+def test_what_is_evaluated_for_long_can_still_be_the_best(run):
+    with Progress(limits=run.config.run) as progress:
+        config = make_config(SMALL, {"learner": {"keep_checkpoints": 1}})
+        book = Bookkeeper(config, run, progress)
+        arrays = {"weights": {"w": np.zeros(2, np.float32)}}
+        path = book.write_checkpoint(arrays, {"learner_steps": 10, "weights_version": 1})
+        book.begin_evaluation(10)
+        for step in (20, 30, 40):
+            book.write_checkpoint(arrays, {"learner_steps": step, "weights_version": 1})
+        assert sorted(run.checkpoints.glob("step_*")) == [path, run.checkpoints / "step_00000040"]
+        book.add_evaluation(
+            {"mean_return": 1.0, "std_return": 0.0, "returns": [1.0], "episodes": 1}, path, 10
+        )
+        book.close("stopped")
+    assert checkpoint.best_checkpoint(run.checkpoints).step == 10
+
+
 def test_a_damaged_mark_of_the_best_is_set_again_by_the_evaluations(run):
     launch(run, 40)
     best = checkpoint.best_checkpoint(run.checkpoints)
