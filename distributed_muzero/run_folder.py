@@ -1,6 +1,7 @@
 """A run's folder: where everything that a run leaves behind lies, and the rules for its name.
 
-runs/<name>/ config.yaml  launches.json  status.json  metrics.jsonl  evaluations.jsonl  tensorboard/  checkpoints/  replay/
+runs/<name>/ config.yaml  launches.json  status.json  metrics.jsonl  evaluations.jsonl  tensorboard/  checkpoints/
+             replay/
 """
 
 from __future__ import annotations
