@@ -16,9 +16,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from distributed_muzero.chaos.child import kill_tree
+from distributed_muzero.chaos.child import kill_session
 
 SLACK_SECONDS = 120.0
 
@@ -60,18 +60,18 @@ def train_and_kill(folder: Path, preset: str, seed: int, seconds: float) -> Curv
     new += ["--set", "run.stop_at_return=null", "--set", "run.max_minutes=null"]
     run = folder / "run"
     with (folder / "errors.txt").open("wb") as errors:
-        process = subprocess.Popen([*program, "train", *new], stdout=subprocess.DEVNULL, stderr=errors)
+        process = start([*program, "train", *new], errors)
         try:
             time.sleep(seconds)
         finally:
-            kill_tree(process)
+            kill_session(process)
         killed, lines = time.time(), len(read(run / "metrics.jsonl"))
         resume = [*program, "resume", str(run), "--max-minutes", str(seconds / 60)]
-        process = subprocess.Popen(resume, stdout=subprocess.DEVNULL, stderr=errors)
+        process = start(resume, errors)
         try:
             code = process.wait(seconds + SLACK_SECONDS)
         finally:
-            kill_tree(process)
+            kill_session(process)
     if code:
         sys.exit(f"seed {seed}: resume ended with {code}: {(folder / 'errors.txt').read_text()[-2000:]}")
     metrics, evaluations = read(run / "metrics.jsonl"), read(run / "evaluations.jsonl")
@@ -83,6 +83,10 @@ def train_and_kill(folder: Path, preset: str, seed: int, seconds: float) -> Curv
         [line["mean_return"] for line in evaluations],
         (stored(metrics[:lines])[-1], stored(metrics[lines:])[0]),
     )
+
+
+def start(command: list[str], errors: BinaryIO) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

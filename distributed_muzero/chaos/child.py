@@ -1,4 +1,4 @@
-"""Processes that the checks start: a check in a process of its own, and the end of a whole tree or session."""
+"""Processes that the checks start: a check in a process of its own, and the end of a whole session."""
 
 from __future__ import annotations
 
@@ -35,18 +35,6 @@ def run_with_offsets(module: str, folder: Path, seed: int, n: int) -> dict[str, 
     if done.returncode != 0:
         raise DistributedMuZeroError(f"{module} in {folder} ended with code {done.returncode}: {done.stderr}")
     return json.loads(done.stdout)
-
-
-def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kills a process that was started here and all below it, at once, and waits until they are gone."""
-    with suppress(psutil.NoSuchProcess):
-        doomed = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        for child in doomed:
-            with suppress(psutil.NoSuchProcess):
-                child.kill()
-        psutil.wait_procs(doomed, timeout=DEATH_SECONDS)
-    process.wait()
 
 
 # A process that was started with start_new_session leads a session, and whatever it starts belongs to it: also when

@@ -18,6 +18,7 @@ import numpy as np
 
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import LogError, RejectedEpisode, RunError
+from distributed_muzero.files import folder_bytes
 from distributed_muzero.replay import log_format
 from distributed_muzero.replay.log_format import Damage, Record
 from distributed_muzero.replay.recovery import Journal, decode, find_episodes, fold_journal, kind_name
@@ -146,7 +147,7 @@ def replay_stats(replay: Path) -> dict[str, Any]:
             {
                 "shard": index,
                 **_summary(held),
-                "log_bytes": _num_bytes(shard),
+                "log_bytes": folder_bytes(shard),
                 **_counters(journal.state),
                 "damage": asdict(_sum(damage, journal.damage)),
             }
@@ -276,7 +277,7 @@ def _look_at_log(
                 invalid[episode.episode_id] = reason
     result = {
         "segments": len(_segments(folder)),
-        "bytes": _num_bytes(folder),
+        "bytes": folder_bytes(folder),
         "records": dict(kinds),
         "episodes": len(ids),
         "damage": asdict(damage),
@@ -316,17 +317,6 @@ def _records(folder: Path, damage: Damage | None) -> Iterable[Record]:
 
 def _segments(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("segment_*.log")}
-
-
-def _num_bytes(folder: Path) -> int:
-    """Of all segments below a folder; one that is dropped meanwhile counts nothing."""
-    total = 0
-    for path in folder.rglob("segment_*.log"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
 
 
 def _sum(one: Damage, other: Damage) -> Damage:
