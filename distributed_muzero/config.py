@@ -73,6 +73,10 @@ class SearchConfig(Section):
 class ActorConfig(Section):
     num_actors: Annotated[int, Field(ge=0)] = 1  # 0: nobody plays, the stored episodes are all there is
     envs_per_actor: Positive = 32  # B, games in lockstep through one batched search
+    # fewest and most actors: the driver chooses between them, so that neither actors nor learner starve
+    autoscale: tuple[Positive, Positive] | None = None
+    # an actor that gives no answer for so long is replaced; an insert alone may wait for 20
+    timeout_seconds: Annotated[float, Field(ge=30)] = 60.0
     # (from learner step, temperature), rising steps
     temperatures: tuple[tuple[int, float], ...] = ((0, 1.0),)
     max_unacknowledged: Positive = 64  # finished episodes without acknowledgement before the actor waits
@@ -87,6 +91,8 @@ class ActorConfig(Section):
             raise ValueError(f"temperatures must start at learner step 0 and rise, got steps {steps}")
         if any(temperature < 0 for _, temperature in self.temperatures):
             raise ValueError("temperatures can't be negative")
+        if self.autoscale is not None and self.autoscale[0] > self.autoscale[1]:
+            raise ValueError(f"autoscale {self.autoscale}: the fewest actors are more than the most")
         return self
 
 
@@ -103,6 +109,8 @@ class ReplayConfig(Section):
     # β of the importance weights (N · P)^−β
     importance_exponent: Fraction = 1.0
     segment_bytes: Annotated[int, Field(ge=2**16)] = 64 * 1024**2  # of one file of a shard's log
+    # over the cluster's nodes, a CPU each; it needs a runs folder that all of them see. Else all stay with the driver
+    spread_shards: bool = False
 
 
 class ReanalyseConfig(Section):
@@ -182,6 +190,8 @@ class Config(Section):
             raise ValueError(
                 f"replay.error_buffer {slack} is below learner.batch_size {rows}: nothing would move"
             )
+        if self.is_offline and self.actor.autoscale is not None:
+            raise ValueError("actor.autoscale needs actors: actor.num_actors is 0")
         if self.replay.min_size_to_sample > self.replay.max_transitions:
             raise ValueError(
                 "replay.min_size_to_sample is above replay.max_transitions: the learner would never start"

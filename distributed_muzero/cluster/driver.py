@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from distributed_muzero import checkpoint
+from distributed_muzero.cluster.placement import beside_driver, gpu_share, shard_options
 from distributed_muzero.cluster.program import (
     ActorWorker,
     EvaluatorWorker,
@@ -26,26 +26,27 @@ from distributed_muzero.cluster.program import (
     ReanalyserWorker,
     ReplayShardWorker,
 )
-from distributed_muzero.cluster.run_control import NAMESPACE, RunControl
+from distributed_muzero.cluster.roles import Calls, Role
+from distributed_muzero.cluster.run_control import NAMESPACE, Desired, RunControl
+from distributed_muzero.cluster.scaling import Autoscaler
 from distributed_muzero.config import Config
 from distributed_muzero.errors import DistributedMuZeroError, RunError
 from distributed_muzero.files import folder_bytes
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import num_reanalysers
-from distributed_muzero.workers.run_state import LearnerReport
+from distributed_muzero.workers.run_state import ActorReport, Crew, LearnerReport
 
 PLAY_SECONDS = 0.25
 REANALYSE_SECONDS = 0.5
 TRAIN_SECONDS = 1.0  # at most; a call ends when the next weights version is due
 LEARNER_CALLS_IN_FLIGHT = 2  # so that the learner never waits for the driver
-CALL_TIMEOUT_SECONDS = 120.0  # also covers the start of the process behind the call
+CALL_TIMEOUT_SECONDS = 120.0  # also covers what a process makes at its first call
 EVALUATION_TIMEOUT_SECONDS = 3600.0  # games may be long, and a slow evaluation holds nobody up
 EXCHANGE_SECONDS = 0.5
 STOP_SECONDS = 15.0  # for flushing shards and fetching the learner's state when the run ends
+LEAVE_SECONDS = 600.0  # for an actor's last games, while the limiter holds them back
 SHARD_RESTART_SECONDS = 60.0  # Ray's restart of a shard's process
 RECOVERY_BYTES_PER_SECOND = 10e6  # of its log, at least
-MAX_FAILURES_IN_A_ROW = 5
-STEADY_SECONDS = 10.0  # of work, after which earlier failures are forgiven
 
 
 class Published(NamedTuple):
@@ -56,66 +57,43 @@ class Published(NamedTuple):
     weights: Any  # ObjectRef of [P] float32
 
 
-@dataclass
-class Role:
-    """One process of the run: who it is now, and how often it came to grief since it last did something."""
-
-    name: str
-    make: Callable[[int], Any]  # incarnation -> handle
-    handle: Any = None
-    first_incarnation: int = 0
-    num_starts: int = 0
-    failures_in_a_row: int = 0
-    working_since: float | None = None  # this incarnation
-    lost_at: float | None = None  # of a shard that Ray is restarting
-    is_leaving: bool = False  # an actor that delivers its last games
-
-    def start(self) -> None:
-        self.handle = self.make(self.first_incarnation + self.num_starts)
-        self.num_starts += 1
-
-    def has_worked(self, now: float) -> None:
-        self.working_since = now if self.working_since is None else self.working_since
-        self.lost_at = None
-
-    def has_failed(self, error: BaseException, now: float) -> None:
-        """Raises RunError after too many failures with little work between them."""
-        if self.working_since is not None and now - self.working_since > STEADY_SECONDS:
-            self.failures_in_a_row = 0
-        self.working_since = None
-        self.failures_in_a_row += 1
-        if self.failures_in_a_row > MAX_FAILURES_IN_A_ROW:
-            raise RunError(f"the {self.name} failed {self.failures_in_a_row} times in a row, last: {error}")
-
-
-@dataclass
-class Call:
-    role: Role
-    on_result: Callable[[Any], object]
-    deadline: float
-    shows_work: bool  # its answer proves that the role does what it is there for
-
-
 class Driver:
-    """Runs one run to its end. Ray must be initialised."""
+    """Runs one run to its end, or until another number of shards is asked for. Ray must be initialised."""
 
-    def __init__(self, config: Config, run_name: str, book: Bookkeeper, stop_requested: Callable[[], bool]):
+    def __init__(
+        self,
+        config: Config,
+        run_name: str,
+        book: Bookkeeper,
+        stop_requested: Callable[[], bool],
+        desired: Desired,
+        control: Any,
+    ):
+        """desired: what `control`, the handle of the run's RunControl, asks for so far."""
         self.config = config
         self.run_name = run_name
         self.book = book
         self.stop_requested = stop_requested
-        self.calls: dict[Any, Call] = {}
+        self.desired = desired
+        self.calls = Calls()
         self.published: Published | None = None
-        self.num_desired_actors = config.actor.num_actors
+        self.autoscaler = Autoscaler(desired.num_actors)
+        self.control = Role("run control", lambda: control, control)
         self.shard_stats: dict[int, dict[str, float]] = {}
+        self.actors: list[Role] = []
+        self.leaving: list[Role] = []
+        self.reanalysers: list[Role] = []
         self._state_is_asked = self._is_evaluating = False
         self._learner_has_begun = self._has_ended = False
-        self._num_actor_starts: dict[int, int] = {}  # by index, of actors that left
-        self._was_told_to_stop = False
+        self._first_step = self._steps
+        self._num_restarts = {"actor": 0, "other": 0}
         self._next_exchange = 0.0
 
-    def run(self) -> str:
-        """Plays and learns until a limit of the run or a request to stop; returns the reason in words."""
+    def run(self) -> str | None:
+        """Plays and learns until a limit of the run or a request to stop; returns the reason in words.
+
+        None: another number of shards is asked for. All processes are ended then, for another driver to go on.
+        """
         try:
             return self._run()
         except DistributedMuZeroError:
@@ -126,101 +104,125 @@ class Driver:
                     self.book.progress.message(str(error))
             raise
 
-    def _run(self) -> str:
+    def _run(self) -> str | None:
         self._create()
         while True:
             self._handle_results()
             self._reconcile()
-            self.book.tick(
-                list(self.shard_stats.values()),
-                num_desired=self.num_desired_actors,
-                num_actors=sum(role.working_since is not None for role in self.actors),
-                num_restarts=sum(role.num_starts - 1 for role in self.actors),
-            )
+            self.book.tick(list(self.shard_stats.values()), self._crew())
             if reason := self.book.state.stop_reason():
                 self._end(evaluate=not self.book.state.has_reached_goal)
                 return reason
-            if self.stop_requested() or self._was_told_to_stop:
+            if self.stop_requested():
+                if self.desired.stops_now:
+                    return "a stop at once was asked for; what was learnt since the last checkpoint is lost"
                 self._end()
                 return "a stop was asked for"
+            if self.desired.num_shards != self.config.replay.num_shards:
+                self._end()
+                self._kill_all()
+                return None
+
+    @property
+    def num_desired_actors(self) -> int:
+        """As asked for, or as chosen between the limits that were."""
+        if self.desired.autoscale is None:
+            return self.desired.num_actors
+        return self.autoscaler.num_actors
+
+    def _crew(self) -> Crew:
+        played = [role.weights_version for role in self.actors if role.weights_version is not None]
+        newest = self.published.version if self.published else 0
+        return Crew(
+            desired=self.num_desired_actors,
+            live=sum(role.working_since is not None for role in self.actors),
+            draining=len(self.leaving),
+            reanalysers=sum(role.working_since is not None for role in self.reanalysers),
+            restarts=self._num_restarts["actor"],
+            other_restarts=self._num_restarts["other"],
+            staleness=newest - min(played, default=newest),
+        )
 
     # What runs ------------------------------------------------------------------------------------------------
 
     def _create(self) -> None:
         config, name = self.config, self.run_name
-        self.control = Role("run control", lambda _: self._make_control())
-        self.control.start()
+        options = shard_options(config)
         self.shards = [
-            Role(
-                f"replay shard {index}",
-                lambda _: None,
-                ReplayShardWorker.remote(config, name, index, self.book.folder.replay),
-            )
+            Role(f"replay shard {index}", partial(self._make_shard, index, options))
             for index in range(config.replay.num_shards)
         ]
+        for role in self.shards:
+            self._start(role)
         self._shard_handles = [role.handle for role in self.shards]
         self.gpu_share = gpu_share(config, int(ray.cluster_resources().get("GPU", 0)))
-        num_gpus = self.gpu_share if config.learner.device != "cpu" else 0
+        on_gpu = {"num_gpus": self.gpu_share}
+        learner_options = on_gpu if self.gpu_share and config.learner.device != "cpu" else beside_driver()
         self.learner = Role(
             "learner",
-            lambda _: LearnerWorker.options(num_gpus=num_gpus).remote(config, name, self._shard_handles),
+            lambda: LearnerWorker.options(**learner_options).remote(config, name, self._shard_handles),
         )
-        self.evaluator = Role("evaluator", lambda _: EvaluatorWorker.remote(config, name))
-        self.actors: list[Role] = []
-        self.reanalysers = [
-            Role(f"reanalyser {index}", partial(self._make_reanalyser, index))
-            for index in range(num_reanalysers(config))
-        ]
+        self.evaluator = Role(
+            "evaluator", lambda: EvaluatorWorker.options(**beside_driver()).remote(config, name)
+        )
         self._start_learner()
-        for role in self.reanalysers:
-            role.start()
         self._reconcile()
 
-    def _make_control(self) -> Any:
-        options = {"name": self.run_name, "namespace": NAMESPACE}
-        return RunControl.options(**options).remote(self.num_desired_actors)
+    def _make_shard(self, index: int, options: dict[str, Any]) -> Any:
+        return ReplayShardWorker.options(**options).remote(
+            self.config, self.run_name, index, self.book.folder.replay
+        )
+
+    def _start(self, role: Role, begin: Callable[[Role], object] = lambda _: None) -> None:
+        """Creates the role's process, wherever and whenever there is room for it, and then lets it begin."""
+        role.start()
+        self._call(role, role.handle.ready.remote(), lambda _: begin(role), math.inf, shows_work=False)
 
     def _start_learner(self) -> None:
-        saved = checkpoint.latest_checkpoint(self.book.folder.checkpoints)
-        self.learner.start()
         self._state_is_asked = self._learner_has_begun = False
-        handle, published = self.learner.handle, self.published
+        self._start(self.learner, self._begin_to_learn)
+
+    def _begin_to_learn(self, role: Role) -> None:
+        saved = checkpoint.latest_checkpoint(self.book.folder.checkpoints)
+        handle, published = role.handle, self.published
         # A version is never given to two sets of weights; a lost learner may have been ahead of its answers.
         version = published.version + 1 + LEARNER_CALLS_IN_FLIGHT if published else self.book.first_version
         if saved is None and published is not None:
             begun = handle.start_from.remote(published.weights, published.learner_steps, version)
         else:
             begun = handle.begin.remote(saved and saved.tensors, saved and saved.state, version)
-        self._call(self.learner, begun, self._on_begun, shows_work=False)
-        if self.published is None:
-            call = self.learner.handle.weights.remote()
-            self._call(self.learner, call, self._on_first_weights, shows_work=False)
+        self._call(role, begun, self._on_begun, shows_work=False)
+        if published is None:
+            self._call(role, handle.weights.remote(), self._on_first_weights, shows_work=False)
         for _ in range(LEARNER_CALLS_IN_FLIGHT):
             self._train()
 
     def _reconcile(self) -> None:
         while len(self.actors) < self.num_desired_actors:
             index = len(self.actors)
-            first = self.book.first_incarnation + self._num_actor_starts.get(index, 0)
-            role = Role(f"actor {index}", partial(self._make_actor, index), first_incarnation=first)
-            self.actors.append(role)
-            role.start()
-            self._play(role)
+            self.actors.append(role := Role(f"actor {index}", partial(self._make_actor, index)))
+            self._start(role, self._play)
         while len(self.actors) > self.num_desired_actors:
-            self._forget(role := self.actors.pop())
-            role.is_leaving = True
-            self._num_actor_starts[len(self.actors)] = (
-                role.first_incarnation + role.num_starts - self.book.first_incarnation
+            self._dismiss(self.actors.pop())
+        while len(self.reanalysers) < self.desired.num_reanalysers:
+            index = len(self.reanalysers)
+            self.reanalysers.append(
+                role := Role(f"reanalyser {index}", partial(self._make_reanalyser, index))
             )
-            self._call(role, role.handle.drain.remote(), partial(self._on_drained, role))
+            self._start(role, self._reanalyse)
+        while len(self.reanalysers) > self.desired.num_reanalysers:
+            self._kill(self.reanalysers.pop())  # it holds nothing
         now = time.monotonic()
         if now >= self._next_exchange:
             self._next_exchange = now + EXCHANGE_SECONDS
             self._exchange()
-        for call_id, call in list(self.calls.items()):
-            if now > call.deadline and call_id in self.calls:
-                self._replace(call.role, RunError("it gave no answer in time"))
-        if not self._state_is_asked and (self._evaluates_now() or self.book.checkpoint_is_due(self._steps)):
+        for role in self.calls.overdue():
+            self._replace(role, RunError("it gave no answer in time"))
+        for role in (self.learner, *self.shards):
+            if role.is_long_pending(now):
+                self.book.progress.message(f"the {role.name} still waits for a node with room for it")
+        is_due = self._evaluates_now() or self.book.checkpoint_is_due(self._steps)
+        if self._learner_has_begun and is_due and not self._state_is_asked:
             self._state_is_asked = True
             call = self.learner.handle.state.remote()
             self._call(self.learner, call, self._on_learner_state, shows_work=False)
@@ -232,21 +234,50 @@ class Driver:
     def _evaluates_now(self) -> bool:
         return not self._is_evaluating and self.book.evaluation_is_due(self._steps)
 
-    def _make_actor(self, index: int, incarnation: int) -> Any:
+    def _make_actor(self, index: int) -> Any:
         return ActorWorker.remote(
             self.config,
             self.run_name,
             index,
-            incarnation,
+            self.book.next_incarnation(index),
             self._shard_handles,
             self.book.folder.history,
         )
 
-    def _make_reanalyser(self, index: int, _: int) -> Any:
-        num_gpus = self.gpu_share if self.config.reanalyse.device != "cpu" else 0
-        return ReanalyserWorker.options(num_gpus=num_gpus).remote(
+    def _make_reanalyser(self, index: int) -> Any:
+        on_gpu = self.gpu_share if self.config.reanalyse.device != "cpu" else 0
+        return ReanalyserWorker.options(num_gpus=on_gpu).remote(
             self.config, self.run_name, index, self._shard_handles
         )
+
+    def _dismiss(self, role: Role) -> None:
+        """Lets an actor deliver its finished games before it is ended."""
+        self.calls.forget(role)
+        if not role.is_ready:
+            ray.kill(role.handle)
+            return
+        role.leaves_by = time.monotonic() + LEAVE_SECONDS
+        self.leaving.append(role)
+        self._drain(role)
+
+    def _drain(self, role: Role) -> None:
+        self._call(role, role.handle.drain.remote(True), partial(self._on_drained, role))
+
+    def _kill(self, role: Role) -> None:
+        self.calls.forget(role)
+        if role.handle is not None:
+            ray.kill(role.handle)
+
+    def _kill_all(self) -> None:
+        for role in (
+            *self.actors,
+            *self.leaving,
+            *self.reanalysers,
+            self.learner,
+            self.evaluator,
+            *self.shards,
+        ):
+            self._kill(role)
 
     # What it asks of them, and what it does with the answers ---------------------------------------------------
 
@@ -255,25 +286,27 @@ class Driver:
             return  # the first weights are still on their way; _on_first_weights starts everybody
         version, steps, weights = self.published
         call = role.handle.play.remote(version, weights, steps, PLAY_SECONDS)
-        self._call(role, call, lambda report: self._on_play(role, report))
+        has_played = role.working_since is not None
+        timeout = self.config.actor.timeout_seconds if has_played else CALL_TIMEOUT_SECONDS
+        self._call(role, call, partial(self._on_play, role), timeout)
 
-    def _on_play(self, role: Role, report: Any) -> None:
+    def _on_play(self, role: Role, report: ActorReport) -> None:
         self.book.add_actor_report(report)
-        if role in self.actors:
-            self._play(role)
+        role.weights_version = report.weights_version
+        self._play(role)
 
     def _on_drained(self, role: Role, num_left: int) -> None:
-        self._tell_undelivered(num_left)
+        assert role.leaves_by is not None
+        if num_left and time.monotonic() < role.leaves_by:
+            self._drain(role)
+            return
+        self.book.add_undelivered(num_left)
+        self.leaving.remove(role)
         ray.kill(role.handle)
 
-    def _tell_undelivered(self, num_episodes: int) -> None:
-        if num_episodes:
-            self.book.progress.message(
-                f"{num_episodes} finished games were left with actors that ended: the shards take no more for now"
-            )
-
     def _reanalyse(self, role: Role) -> None:
-        assert self.published is not None
+        if self.published is None:
+            return  # as above
         version, _, weights = self.published
         call = role.handle.work.remote(version, weights, REANALYSE_SECONDS)
         self._call(role, call, lambda report: self._on_reanalyse(role, report))
@@ -289,9 +322,11 @@ class Driver:
         version, weights = answer
         self.published = Published(version, self.book.state.learner.learner_steps, ray.put(weights))
         for role in self.actors:
-            self._play(role)
+            if role.is_ready:
+                self._play(role)
         for role in self.reanalysers:
-            self._reanalyse(role)
+            if role.is_ready:
+                self._reanalyse(role)
 
     def _train(self) -> None:
         handle = self.learner.handle
@@ -330,22 +365,20 @@ class Driver:
         self.book.add_evaluation(result, path, steps)
 
     def _exchange(self) -> None:
-        status = {
-            "env_steps": self.book.state.env_steps,
-            "learner_steps": self.book.state.learner.learner_steps,
-        }
-        asked = {id(call.role) for call in self.calls.values()}
-        if id(self.control) not in asked:
-            self._call(self.control, self.control.handle.exchange.remote(status), self._on_exchange)
+        if not self.calls.is_asked(self.control):
+            call = self.control.handle.exchange.remote(self.book.status)
+            self._call(self.control, call, self._on_exchange)
         for index, role in enumerate(self.shards):
-            if id(role) not in asked:
+            if not self.calls.is_asked(role):
                 on_result = partial(self.shard_stats.__setitem__, index)
                 patience = CALL_TIMEOUT_SECONDS + self._recovery_seconds(role)
                 self._call(role, role.handle.flush.remote(), on_result, patience)
 
-    def _on_exchange(self, desired: dict[str, Any]) -> None:
-        self.num_desired_actors = desired["num_actors"]
-        self._was_told_to_stop = desired["stop"]
+    def _on_exchange(self, desired: Desired) -> None:
+        self.desired = desired
+        if desired.autoscale is not None:
+            has_stepped = self._steps > self._first_step
+            self.autoscaler.decide(self._crew(), self.book.state.waiting, has_stepped, desired.autoscale)
 
     # Calls, and what happens when one is lost -------------------------------------------------------------------
 
@@ -357,10 +390,10 @@ class Driver:
         timeout_seconds: float = CALL_TIMEOUT_SECONDS,
         shows_work: bool = True,
     ) -> None:
-        self.calls[call] = Call(role, on_result, time.monotonic() + timeout_seconds, shows_work)
+        self.calls.add(role, call, on_result, timeout_seconds, shows_work)
 
     def _handle_results(self) -> None:
-        done, _ = ray.wait(list(self.calls), num_returns=1, timeout=0.1, fetch_local=False)
+        done, _ = ray.wait(self.calls.references(), num_returns=1, timeout=0.1, fetch_local=False)
         for ready in done:
             call = self.calls.pop(ready)
             try:
@@ -373,44 +406,43 @@ class Driver:
             except RayError as error:
                 self._replace(call.role, error)
             else:
+                call.role.is_ready = True
                 if call.shows_work:
                     call.role.has_worked(time.monotonic())
                 call.on_result(result)
 
     def _replace(self, role: Role, error: BaseException) -> None:
         """Starts a lost process anew and gives it its work."""
-        self._forget(role)
+        self.calls.forget(role)
         if role in self.shards:
             self._await_shard(role, error)
             return
-        if role.is_leaving:
+        if role in self.leaving:
+            self.leaving.remove(role)
             ray.kill(role.handle)
             return
+        self._num_restarts["actor" if role in self.actors else "other"] += 1
         role.has_failed(error, time.monotonic())
         self._tell_lost(role, error)
         ray.kill(role.handle)
         if role is self.evaluator:
             self._is_evaluating = False
+            role.handle = None  # made again for the next evaluation
         if role is self.learner:
             self._start_learner()
         elif role is self.control:
             # Its name is free again once Ray has seen it dead; until then the wishes stay as they are.
             self._next_exchange = time.monotonic() + 5.0
-            role.handle = RunControl.options(
-                name=self.run_name, namespace=NAMESPACE, get_if_exists=True
-            ).remote(self.num_desired_actors)
-        else:
-            role.start()
-            if role in self.actors:
-                self._play(role)
-            elif role in self.reanalysers and self.published is not None:
-                self._reanalyse(role)
+            role.handle = make_control(self.run_name, self.desired, may_exist=True)
+        elif role is not self.evaluator:
+            self._start(role, self._play if role in self.actors else self._reanalyse)
 
     def _await_shard(self, role: Role, error: BaseException) -> None:
         """Ray restarts a shard under the same handle, which actors and learner hold; a hung one has to die first."""
         now = time.monotonic()
         if role.lost_at is None:
             role.lost_at = now
+            self._num_restarts["other"] += 1
             role.has_failed(error, now)
             self._tell_lost(role, error)
         if not isinstance(error, RayActorError):
@@ -429,16 +461,13 @@ class Driver:
         short = next(iter(str(error).strip().splitlines()), type(error).__name__)
         self.book.progress.message(f"the {role.name} was lost ({short}); starting another")
 
-    def _forget(self, role: Role) -> None:
-        for ready in [ready for ready, call in self.calls.items() if call.role is role]:
-            del self.calls[ready]
-
     def _end(self, evaluate: bool = False) -> None:
         """Saves what actors, shards and learner still have. Raises RunError if what was learnt last is lost."""
         self._has_ended = True
         deadline = time.monotonic() + STOP_SECONDS
-        drained = self._ask_all("actors", [role.handle.drain.remote() for role in self.actors])
-        self._tell_undelivered(sum(drained.values()))
+        actors = [role for role in (*self.actors, *self.leaving) if role.is_ready]
+        drained = self._ask_all("actors", [role.handle.drain.remote(False) for role in actors])
+        self.book.add_undelivered(sum(drained.values()))
         flushes = [role.handle.flush.remote() for role in self.shards]
         self.shard_stats.update(self._ask_all("replay shards", flushes))
         # Else it may not even have started, or hold random weights; all that was learnt is in the checkpoints.
@@ -486,7 +515,18 @@ class Driver:
             self.book.progress.message(f"the last checkpoint could not be evaluated: {error}")
 
 
-def gpu_share(config: Config, num_gpus: int) -> float:
-    """Of a GPU, for each of the learner and the reanalysers that may use one: all of them find a place."""
-    on_gpu = (config.learner.device != "cpu") + num_reanalysers(config) * (config.reanalyse.device != "cpu")
-    return 1 / math.ceil(on_gpu / num_gpus) if num_gpus and on_gpu else 0
+def make_control(run_name: str, desired: Desired, may_exist: bool = False) -> Any:
+    """The run's RunControl. Raises RunError if there is one, unless it `may_exist`."""
+    options = {"name": run_name, "namespace": NAMESPACE, "get_if_exists": may_exist, **beside_driver()}
+    try:
+        return RunControl.options(**options).remote(desired)
+    except ValueError:
+        raise RunError(
+            f"a run {run_name!r} is going on in this cluster; choose another name, or stop that one first"
+        ) from None
+
+
+def first_desired(config: Config) -> Desired:
+    """What a run is asked to be when it starts."""
+    actor = config.actor
+    return Desired(actor.num_actors, num_reanalysers(config), config.replay.num_shards, actor.autoscale)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,8 @@ MAX_UPDATES_IN_FLIGHT = 32  # of priorities
 LOST_REST_SECONDS = 0.5  # before a shard that was lost is asked again
 INSERT_TIMEOUT_SECONDS = 20.0
 SAMPLE_TIMEOUT_SECONDS = 20.0
-DRAIN_SECONDS = 4.0
+DRAIN_SECONDS = 4.0  # of one call
+DRAIN_PAUSE_SECONDS = 0.05
 
 
 class made_at_first_use:
@@ -75,6 +77,9 @@ class ReplayShardWorker:
     @made_at_first_use
     def shard(self) -> ReplayShard:
         return self.make()
+
+    async def ready(self) -> None:
+        """Answers as soon as there is a process."""
 
     @made_at_first_use
     def group_commit(self) -> GroupCommit:
@@ -115,15 +120,22 @@ class ActorWorker:
     def actor(self) -> Actor:
         return self.make()
 
+    def ready(self) -> None:
+        """Answers as soon as there is a process."""
+
     def play(self, version: int, weights: np.ndarray, learner_step: int, seconds: float) -> ActorReport:
         self.actor.set_weights(version, weights, learner_step)
         deadline = time.monotonic() + seconds
         return self.actor.play(self.outbox, lambda: time.monotonic() >= deadline, time.sleep)
 
-    def drain(self) -> int:
-        """Delivers what is finished, as far as the shards take it; returns how many episodes are left."""
+    def drain(self, is_patient: bool) -> int:
+        """Delivers what is finished; returns how many episodes are left.
+
+        is_patient: for a few seconds, else only as long as the shards take something.
+        """
         deadline = time.monotonic() + DRAIN_SECONDS
-        return self.outbox.drain(lambda: time.monotonic() >= deadline)
+        pause = partial(time.sleep, DRAIN_PAUSE_SECONDS) if is_patient else None
+        return self.outbox.drain(lambda: time.monotonic() >= deadline, pause)
 
 
 @ray.remote(num_cpus=0)
@@ -137,6 +149,9 @@ class LearnerWorker:
     def learner(self) -> Learner:
         return self.make()
 
+    def ready(self) -> None:
+        """Answers as soon as there is a process."""
+
     def begin(self, arrays: Any, state: dict[str, Any] | None, min_version: int) -> None:
         self.learner.begin(arrays, state, min_version)
 
@@ -147,14 +162,17 @@ class LearnerWorker:
         return self.learner.weights()
 
     def train(self, seconds: float) -> tuple[LearnerReport, np.ndarray]:
-        report = self.learner.learn(self.batches.until(time.monotonic() + seconds), self.give_back)
+        start, waited = time.monotonic(), self.batches.waited_seconds
+        report = self.learner.learn(self.batches.until(start + seconds), self.give_back)
+        report.seconds = time.monotonic() - start
+        report.waited_seconds = self.batches.waited_seconds - waited
         return report, self.learner.weights()[1]
 
     def state(self) -> tuple[Any, np.ndarray]:
         return self.learner.state(), self.learner.weights()[1]
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=1)
 class ReanalyserWorker:
     def __init__(self, config: Config, run_name: str, index: int, shards: list[Any]):
         self.make = lambda: Builder(config, run_name).reanalyser(index)
@@ -163,6 +181,9 @@ class ReanalyserWorker:
     @made_at_first_use
     def reanalyser(self) -> Reanalyser:
         return self.make()
+
+    def ready(self) -> None:
+        """Answers as soon as there is a process."""
 
     def work(self, version: int, weights: np.ndarray, seconds: float) -> ReanalyseReport:
         self.reanalyser.set_weights(version, weights)
@@ -230,6 +251,7 @@ class BatchStream:
         self._wake = [0.0] * len(shards)  # when a resting shard is asked again
         self._ready: list[Batch] = []
         self._given_back: deque[Any] = deque()
+        self.waited_seconds = 0.0  # so far, with no batch at hand
 
     def until(self, deadline: float) -> Iterator[Batch]:
         """Batches as they come, until `deadline` (monotonic seconds)."""
@@ -237,21 +259,26 @@ class BatchStream:
             if self._ready:
                 yield self._ready.pop()
                 continue
+            since = time.monotonic()
             self._ask()
-            if not self._calls:
-                time.sleep(REST_SECONDS)
-                continue
-            # Not until the deadline: another shard's rest may be over before a hung one answers.
-            timeout = min(max(deadline - time.monotonic(), 0), LOST_REST_SECONDS)
-            done, _ = ray.wait(list(self._calls), timeout=timeout)
-            for call in done:
-                self._take(call)
+            self._wait(deadline)
+            self.waited_seconds += time.monotonic() - since
 
     def give_back(self, shard: int, update: Priorities) -> None:
         """Sends priorities on their way. Where a shard lags behind, the learner waits for it, but not for long."""
         self._given_back.append(self._shards[shard].update_priorities.remote(update))
         if len(self._given_back) > MAX_UPDATES_IN_FLIGHT:
             ray.wait([self._given_back.popleft()], timeout=LOST_REST_SECONDS)
+
+    def _wait(self, deadline: float) -> None:
+        if not self._calls:
+            time.sleep(REST_SECONDS)
+            return
+        # Not until the deadline: another shard's rest may be over before a hung one answers.
+        timeout = min(max(deadline - time.monotonic(), 0), LOST_REST_SECONDS)
+        done, _ = ray.wait(list(self._calls), timeout=timeout)
+        for call in done:
+            self._take(call)
 
     def _ask(self) -> None:
         now = time.monotonic()

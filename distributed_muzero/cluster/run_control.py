@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
-MAX_ACTORS = 10_000
+from distributed_muzero.errors import RunError
+
+MAX_PROCESSES = 10_000  # of one kind
 NAMESPACE = "distributed_muzero"
+
+
+class Desired(NamedTuple):
+    """What a run is asked to be."""
+
+    num_actors: int
+    num_reanalysers: int
+    num_shards: int
+    autoscale: tuple[int, int] | None = None  # fewest and most actors; the driver chooses then
+    stops_now: bool = False  # when a stop is asked for: without draining, without a checkpoint
+
+    def changed(self, **wishes: Any) -> Desired:
+        """With other values. Raises RunError for those that this run can't have."""
+        numbers = {name: wishes[name] for name in wishes if name.startswith("num_")}
+        for name, number in numbers.items():
+            if not 1 <= number <= MAX_PROCESSES:
+                what = name.removeprefix("num_")
+                raise RunError(f"{number} {what}: expected 1 to {MAX_PROCESSES}")
+        if self.num_actors == 0 and ("num_actors" in wishes or wishes.get("autoscale")):
+            raise RunError(
+                "this run learns from stored episodes alone; start another without --offline to play"
+            )
+        if self.num_reanalysers == 0 and "num_reanalysers" in wishes:
+            raise RunError("this run searches nothing anew: its reanalyse.ratio is 0; resume it with another")
+        if "num_actors" in wishes:
+            wishes.setdefault("autoscale", None)  # a number that is asked for counts
+        return self._replace(**wishes)
 
 
 @ray.remote(num_cpus=0)
 class RunControl:
     """`(namespace "distributed_muzero", name = the run's)`. Holds wishes and the last status, decides nothing."""
 
-    def __init__(self, num_actors: int):
-        self.desired: dict[str, Any] = {"num_actors": num_actors, "stop": False}
+    def __init__(self, desired: Desired):
+        self.desired = desired
         self.status: dict[str, Any] = {}
 
-    def exchange(self, status: dict[str, Any]) -> dict[str, Any]:
+    def exchange(self, status: dict[str, Any]) -> Desired:
         """The driver's call: leaves the newest status, takes the desired state."""
         self.status = status
         return self.desired
@@ -26,12 +55,7 @@ class RunControl:
     def get_status(self) -> dict[str, Any]:
         return self.status
 
-    def set_desired(self, **wishes: Any) -> dict[str, Any]:
-        """An outsider's call, with `num_actors=` or `stop=`; returns the whole desired state."""
-        unknown = wishes.keys() - self.desired.keys()
-        if unknown:
-            raise ValueError(f"unknown wishes {sorted(unknown)}; known: {sorted(self.desired)}")
-        if not 1 <= wishes.get("num_actors", 1) <= MAX_ACTORS:
-            raise ValueError(f"num_actors must be 1 to {MAX_ACTORS}, got {wishes['num_actors']}")
-        self.desired.update(wishes)
+    def set_desired(self, **wishes: Any) -> Desired:
+        """An outsider's call, with fields of `Desired`; returns the whole desired state. Raises RunError."""
+        self.desired = self.desired.changed(**wishes)
         return self.desired

@@ -10,28 +10,40 @@ from contextlib import contextmanager
 
 import ray
 
-from distributed_muzero.cluster.driver import Driver
+from distributed_muzero.cluster.driver import Driver, first_desired, make_control
 from distributed_muzero.cluster.run_control import NAMESPACE
 from distributed_muzero.config import Config
 from distributed_muzero.errors import RunError
 from distributed_muzero.workers.bookkeeper import Bookkeeper
+from distributed_muzero.workers.builder import num_reanalysers
 
 
 def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Callable[[], bool]) -> str:
     """The same as `workers.local.train`, with the roles as processes."""
-    with ray_session(config.actor.num_actors):
-        return Driver(config, run_name, book, stop_requested).run()
+    with ray_session(num_cpus(config)):
+        desired = first_desired(config)
+        control = make_control(run_name, desired)
+        driver = Driver(config, run_name, book, stop_requested, desired, control)
+        while (reason := driver.run()) is None:
+            raise NotImplementedError
+        return reason
+
+
+def num_cpus(config: Config) -> int:
+    """That a run's processes ask Ray for."""
+    num_shards = config.replay.num_shards if config.replay.spread_shards else 0
+    return config.actor.num_actors + num_reanalysers(config) + num_shards
 
 
 @contextmanager
-def ray_session(num_actors: int, **options: object) -> Iterator[None]:
+def ray_session(num_cpus: int, **options: object) -> Iterator[None]:
     """Connects to RAY_ADDRESS if it is set; else starts a Ray on this machine and ends it afterwards."""
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         # Ray starts its workers at niceness 15: beside any other program they would get next to nothing.
         os.environ.setdefault("RAY_worker_niceness", "0")
         # Every actor asks for a whole CPU; on a small machine they share what is there.
-        options = {"num_cpus": max(os.cpu_count() or 1, num_actors), "include_dashboard": False, **options}
+        options = {"num_cpus": max(os.cpu_count() or 1, num_cpus), "include_dashboard": False, **options}
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_right
 from collections.abc import Callable
 
@@ -98,17 +99,24 @@ class Actor:
         return finished
 
     def play(
-        self, outbox: Outbox, is_over: Callable[[], bool], sleep: Callable[[float], None]
+        self,
+        outbox: Outbox,
+        is_over: Callable[[], bool],
+        sleep: Callable[[float], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> ActorReport:
         """Steps and delivers until `is_over()`. While the shards hold it back, it waits instead of playing."""
-        report = ActorReport()
+        report = ActorReport(weights_version=self.model.version)
+        start = clock()
         num_games, num_simulations = len(self._games), self.config.search.num_simulations
         wait_seconds = FIRST_WAIT_SECONDS
         while not is_over():
             if outbox.is_blocked:
+                waits_since = clock()
                 sleep(wait_seconds)
                 wait_seconds = min(2 * wait_seconds, LONGEST_WAIT_SECONDS)
                 outbox.flush(report)
+                report.waited_seconds += clock() - waits_since
                 continue
             wait_seconds = FIRST_WAIT_SECONDS
             for episode in self.step():
@@ -120,6 +128,7 @@ class Actor:
             if len(outbox) >= FLUSH_EPISODES:
                 outbox.flush(report)
         outbox.flush(report)
+        report.seconds = clock() - start
         return report
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from distributed_muzero.errors import CheckpointError, RunError
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.observability.recorder import Recorder
 from distributed_muzero.run_folder import FIRST_LAUNCH, Launch, RunFolder
-from distributed_muzero.workers.run_state import ActorReport, LearnerReport, RunState
+from distributed_muzero.workers.run_state import ActorReport, Crew, LearnerReport, RunState
 
 TICK_SECONDS = 1.0
 # Weights versions are written down as given before they are, so many at once; a kill leaves the rest unused.
@@ -84,7 +85,11 @@ class Bookkeeper:
         self._shown_rejections: set[str] = set()
         self._told_losses = dict.fromkeys(LOSSES, 0)
         self.launch = launch
-        self._last_stand: tuple[Sequence[Mapping[str, float]], int, int, int] = ((), 0, 0, 0)
+        self._shards: Sequence[Mapping[str, float]] = ()
+        self._crew = Crew(0)
+        self._undelivered = 0
+        self._actor_starts: Counter[int] = Counter()
+        self.status: dict[str, Any] = {}
         # Of this launch's weights: a version is never given to two sets of weights.
         self.first_version = launch.first_version
         if launch.number:
@@ -93,10 +98,18 @@ class Bookkeeper:
         self._reserved_versions = 0
         self._reserve_versions(self.first_version + RESERVED_VERSIONS)
 
-    @property
-    def first_incarnation(self) -> int:
-        """Of this launch's actors: ids that they give are never given again."""
-        return self.launch.number * INCARNATIONS_A_LAUNCH
+    def next_incarnation(self, actor: int) -> int:
+        """Of the actor with this index: episode ids that it gives are never given again."""
+        self._actor_starts[actor] += 1
+        return self.launch.number * INCARNATIONS_A_LAUNCH + self._actor_starts[actor] - 1
+
+    def add_undelivered(self, num_episodes: int) -> None:
+        """Counts finished games that are lost, as the shards didn't take them while their actor lived."""
+        if num_episodes:
+            self._undelivered += num_episodes
+            self.progress.message(
+                f"{num_episodes} finished games were left with actors that ended: the shards take no more for now"
+            )
 
     def _reserve_versions(self, end: int) -> None:
         self._reserved_versions = end
@@ -134,16 +147,9 @@ class Bookkeeper:
         if report.weights_version > self._reserved_versions - RESERVED_VERSIONS // 2:
             self._reserve_versions(report.weights_version + RESERVED_VERSIONS)
 
-    def tick(
-        self,
-        shards: Sequence[Mapping[str, float]],
-        *,
-        num_desired: int,
-        num_actors: int,
-        num_restarts: int = 0,
-    ) -> bool:
+    def tick(self, shards: Sequence[Mapping[str, float]], crew: Crew) -> bool:
         """Takes how the run stands; once a second, records the metrics, shows them, and returns True."""
-        self._last_stand = (shards, num_desired, num_actors, num_restarts)
+        self._shards, self._crew = shards, crew
         self._tell_of_losses(shards)
         is_due = self._clock() >= self._next_tick
         if is_due:
@@ -160,9 +166,19 @@ class Bookkeeper:
                 self.progress.message(f"{number} {what}; the replay goes on with what is intact")
 
     def _record(self) -> dict[str, float]:
-        shards, desired, live, restarts = self._last_stand
-        metrics = self.state.metrics(shards)
-        metrics.update({"actors/desired": desired, "actors/live": live, "actors/restarts": restarts})
+        crew = self._crew
+        metrics = self.state.metrics(self._shards)
+        metrics.update(
+            {
+                "actors/desired": crew.desired,
+                "actors/live": crew.live,
+                "actors/pending": crew.pending,
+                "actors/draining": crew.draining,
+                "actors/restarts": crew.restarts,
+                "actors/staleness": crew.staleness,
+                "actors/undelivered_episodes": self._undelivered,
+            }
+        )
         self._recorder.record(metrics, self.state.env_steps)
         self.progress.update(metrics)
         return metrics
@@ -191,7 +207,7 @@ class Bookkeeper:
                 **state,
                 "env_steps": self.state.env_steps,
                 "episodes": self.state.episodes,
-                "shards": list(self._last_stand[0]),
+                "shards": list(self._shards),
                 "config": self.config.model_dump(mode="json"),
             },
         )
@@ -220,20 +236,37 @@ class Bookkeeper:
         self._last_evaluation = self._clock()
 
     def write_status(self, status: str, metrics: Mapping[str, float]) -> None:
-        state = self.state
-        self.folder.write_status(
-            {
-                "run": self.folder.name,
-                "state": status,
-                "env_steps": state.env_steps,
-                "episodes": state.episodes,
-                "learner_steps": state.learner.learner_steps,
-                "weights_version": state.learner.weights_version,
-                "seconds": round(state.seconds, 1),
-                "mean_return": metrics.get("rollout/ep_rew_mean"),
-                "evaluation": state.evaluation and state.evaluation["mean_return"],
-            }
-        )
+        """Writes status.json, which `self.status` holds as well; docs/operations.md names its keys."""
+        state, crew = self.state, self._crew
+        self.status = {
+            "run": self.folder.name,
+            "state": status,
+            "folder": str(self.folder.path),
+            "actors": {
+                "desired": crew.desired,
+                "live": crew.live,
+                "pending": crew.pending,
+                "draining": crew.draining,
+            },
+            "reanalysers": crew.reanalysers,
+            "shards": self.config.replay.num_shards,
+            "env_steps": state.env_steps,
+            "env_steps_per_second": metrics.get("rollout/env_steps_per_second"),
+            "episodes": state.episodes,
+            "learner_steps": state.learner.learner_steps,
+            "learner_steps_per_second": metrics.get("train/learner_steps_per_second"),
+            "weights_version": state.learner.weights_version,
+            "staleness": crew.staleness,
+            "samples_per_insert": metrics.get("replay/samples_per_insert"),
+            "actors_waiting": metrics.get("actors/waiting"),
+            "learner_waiting": metrics.get("train/waiting"),
+            "mean_return": metrics.get("rollout/ep_rew_mean"),
+            "evaluation": state.evaluation and state.evaluation["mean_return"],
+            "restarts": crew.restarts + crew.other_restarts,
+            "undelivered_episodes": self._undelivered,
+            "seconds": round(state.seconds, 1),
+        }
+        self.folder.write_status(self.status)
 
     def close(self, status: str) -> None:
         """The last lines: `status` is finished, stopped or failed."""

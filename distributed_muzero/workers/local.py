@@ -15,7 +15,7 @@ from distributed_muzero.workers.learner import Learner
 from distributed_muzero.workers.outbox import Outbox
 from distributed_muzero.workers.reanalyser import Reanalyser
 from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
-from distributed_muzero.workers.run_state import ReanalyseReport
+from distributed_muzero.workers.run_state import Crew, ReanalyseReport
 
 MAX_LEARNER_STEPS_A_TURN = 32
 
@@ -27,7 +27,7 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
     learner, evaluator = builder.learner(), builder.evaluator()
     saved = checkpoint.latest_checkpoint(book.folder.checkpoints)
     learner.begin(saved and saved.tensors, saved and saved.state, book.first_version)
-    actors = [builder.actor(index, book.first_incarnation) for index in range(config.actor.num_actors)]
+    actors = [builder.actor(index, book.next_incarnation(index)) for index in range(config.actor.num_actors)]
 
     def insert(offers: dict[int, list[Episode]]) -> dict[int, list[InsertReply]]:
         return {index: shards[index].insert(episodes) for index, episodes in offers.items()}
@@ -49,7 +49,7 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
                 book.state.add_reanalyse_report(reanalyse(reanalyser, shards))
             book.add_learner_report(learner.learn(ready_batches(shards), give_back))
             stats = [shard.stats() for shard in shards]
-            if book.tick(stats, num_desired=len(actors), num_actors=len(actors)):
+            if book.tick(stats, Crew(len(actors), len(actors), reanalysers=len(reanalysers))):
                 for shard in shards:
                     shard.flush()
             if stop_requested():

@@ -62,13 +62,17 @@ class Outbox:
                     done.add(episode.episode_id)
         self._waiting = [episode for episode in self._waiting if episode.episode_id not in done]
 
-    def drain(self, is_over: Callable[[], bool]) -> int:
-        """Offers as long as something is taken; returns how many episodes are left.
+    def drain(self, is_over: Callable[[], bool], pause: Callable[[], None] | None = None) -> int:
+        """Offers what is left as long as something is taken; returns how many episodes are left.
 
-        A shard that held back is offered one episode at first.
+        A shard that held back is offered one episode at first.   pause: waits before the next offer where nothing was
+        taken; without it, that is the end.
         """
-        before = len(self) + 1
-        while before > len(self) > 0 and not is_over():
+        while len(self) > 0 and not is_over():
             before = len(self)
             self.flush(ActorReport())
+            if len(self) == before:
+                if pause is None:
+                    break
+                pause()
         return len(self)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from distributed_muzero.config import RunConfig
 
@@ -22,6 +22,11 @@ class ActorReport:
 
     env_steps: int = 0
     simulations: int = 0
+    seconds: float = 0.0
+    waited_seconds: float = (
+        0.0  # of them, without playing: for a shard's answer, or for it to take games again
+    )
+    weights_version: int = -1  # played with last
     returns: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     last_rejection: str = ""
@@ -34,6 +39,47 @@ class LearnerReport:
     learner_steps: int = 0  # since the run began
     weights_version: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    waited_seconds: float = 0.0  # of them, for batches
+
+
+class Crew(NamedTuple):
+    """Who is at work."""
+
+    desired: int  # actors
+    live: int = 0  # of them, those that play
+    draining: int = 0  # actors that leave once their finished games are stored
+    reanalysers: int = 0
+    restarts: int = 0  # of actors
+    other_restarts: int = 0
+    staleness: int = 0  # the learner's weights version minus the oldest one that an actor played with last
+
+    @property
+    def pending(self) -> int:
+        """Actors that wait for a node, or start."""
+        return max(self.desired - self.live, 0)
+
+
+class Waiting(NamedTuple):
+    """Seconds since the launch, of all actors together and of the learner, and those that each waited."""
+
+    actor_seconds: float = 0.0
+    actor_waited: float = 0.0
+    learner_seconds: float = 0.0
+    learner_waited: float = 0.0
+
+    def since(self, before: Waiting) -> Waiting:
+        return Waiting(*(now - then for now, then in zip(self, before, strict=True)))
+
+    @property
+    def actor_share(self) -> float:
+        """Of their time, that the actors waited for the shards to take games."""
+        return self.actor_waited / self.actor_seconds if self.actor_seconds > 0 else 0.0
+
+    @property
+    def learner_share(self) -> float:
+        """Of its time, that the learner waited for batches."""
+        return self.learner_waited / self.learner_seconds if self.learner_seconds > 0 else 0.0
 
 
 @dataclass
@@ -60,6 +106,7 @@ class RunState:
         self.episodes = 0
         self.learner = LearnerReport()
         self.evaluation: dict[str, Any] | None = None
+        self.waiting = self._last_waiting = Waiting()
 
     @property
     def seconds(self) -> float:
@@ -68,6 +115,10 @@ class RunState:
     def add_actor_report(self, report: ActorReport) -> None:
         self.env_steps += report.env_steps
         self.simulations += report.simulations
+        self.waiting = self.waiting._replace(
+            actor_seconds=self.waiting.actor_seconds + report.seconds,
+            actor_waited=self.waiting.actor_waited + report.waited_seconds,
+        )
         self.episodes += len(report.returns)
         self._returns.extend(report.returns)
         self._lengths.extend(report.lengths)
@@ -88,6 +139,10 @@ class RunState:
             report.learner_steps,  # fewer, when a lost learner went on from its checkpoint
             max(report.weights_version, self.learner.weights_version),
             report.metrics or self.learner.metrics,
+        )
+        self.waiting = self.waiting._replace(
+            learner_seconds=self.waiting.learner_seconds + report.seconds,
+            learner_waited=self.waiting.learner_waited + report.waited_seconds,
         )
 
     @property
@@ -121,6 +176,7 @@ class RunState:
             (count - last) / interval for count, last in zip(counts, self._last_counts, strict=True)
         )
         self._last_time, self._last_counts = now, counts
+        waiting, self._last_waiting = self.waiting.since(self._last_waiting), self.waiting
         metrics = {
             "time/seconds": self.seconds,
             "rollout/env_steps": self.env_steps,
@@ -129,6 +185,8 @@ class RunState:
             "search/simulations_per_second": simulation_rate,
             "train/learner_steps": self.learner.learner_steps,
             "train/learner_steps_per_second": learner_rate,
+            "actors/waiting": waiting.actor_share,
+            "train/waiting": waiting.learner_share,
             "reanalyse/positions": self.refreshed,
             "reanalyse/positions_per_second": refresh_rate,
             "weights/version": self.learner.weights_version,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from distributed_muzero.cluster.driver import MAX_FAILURES_IN_A_ROW, STEADY_SECONDS, Role, gpu_share
+from distributed_muzero.cluster.placement import gpu_share
+from distributed_muzero.cluster.roles import MAX_FAILURES_IN_A_ROW, STEADY_SECONDS, Role
 from distributed_muzero.config import make_config
 from distributed_muzero.errors import RunError
 
@@ -17,14 +18,14 @@ def fail(role, times, now=0.0):
 
 
 def test_a_part_that_keeps_failing_ends_the_run_and_says_why():
-    role = Role("learner", lambda _: None)
+    role = Role("learner", lambda: None)
     fail(role, MAX_FAILURES_IN_A_ROW)
     with pytest.raises(RunError, match="the learner failed 6 times in a row, last: out of memory"):
         role.has_failed(LOST, 0.0)
 
 
 def test_a_little_work_between_failures_forgives_none_of_them():
-    role = Role("learner", lambda _: None)
+    role = Role("learner", lambda: None)
     with pytest.raises(RunError, match="6 times in a row"):
         for turn in range(2 * MAX_FAILURES_IN_A_ROW):
             role.has_worked(100.0 * turn)
@@ -32,7 +33,7 @@ def test_a_little_work_between_failures_forgives_none_of_them():
 
 
 def test_steady_work_forgives_earlier_failures():
-    role = Role("actor 3", lambda _: None)
+    role = Role("actor 3", lambda: None)
     for turn in range(3):
         fail(role, MAX_FAILURES_IN_A_ROW - 1, 100.0 * turn)
         role.has_worked(100.0 * turn + 1)
@@ -42,7 +43,7 @@ def test_steady_work_forgives_earlier_failures():
 
 
 def test_a_pause_without_work_forgives_nothing():
-    role = Role("learner", lambda _: None)
+    role = Role("learner", lambda: None)
     with pytest.raises(RunError, match="6 times in a row"):
         for turn in range(2 * MAX_FAILURES_IN_A_ROW):
             role.has_failed(LOST, 120.0 * turn)
@@ -52,6 +53,7 @@ def test_a_pause_without_work_forgives_nothing():
     ("num_gpus", "learner", "reanalyse", "num_workers", "share"),
     [
         (0, "auto", "auto", 1, 0),
+        (0, "cuda", "cpu", 1, 1),  # its node is yet to come
         (1, "auto", "cpu", 3, 1),
         (1, "cpu", "cpu", 1, 0),
         (1, "auto", "auto", 1, 1 / 2),

@@ -1,0 +1,57 @@
+"""How many actors a run needs so that neither they nor the learner starve. No ray, no clock of its own.
+
+The limiter of the replay shards holds both sides to the samples per insert that were asked for: the side that is too
+fast waits. With too few actors the learner waits for batches; with too many, the actors wait for the shards to take
+their games. The share of its time that each side waits says how far off the number is.
+"""
+
+from __future__ import annotations
+
+import math
+
+from distributed_muzero.workers.run_state import Crew, Waiting
+
+MEASURE_SECONDS = 15.0  # of the learner's time, before each decision
+TOLERATED = 0.1  # share of its time that a side may wait
+LARGEST_STEP = 2.0  # times as many actors, or as few
+
+
+def desired_actors(num_actors: int, waiting: Waiting, limits: tuple[int, int]) -> int:
+    """The number of actors that would have kept both sides busy while `waiting` was measured, inside `limits`.
+
+    num_actors: at work meanwhile.   Where the learner waits a share w, it could learn from 1 / (1 − w) times as many;
+    where the actors wait a share w, (1 − w) as many would play as much. If both wait, something else is too slow (a
+    shard, the network), and another number of actors is no help.
+    """
+    starving, idle = waiting.learner_share > TOLERATED, waiting.actor_share > TOLERATED
+    wanted = num_actors
+    if starving and not idle:
+        wanted = math.ceil(num_actors * min(1 / max(1 - waiting.learner_share, 0.01), LARGEST_STEP))
+    elif idle and not starving:
+        # One more than would do: it is the actors that should wait a little, rather than the learner.
+        wanted = min(num_actors, math.ceil(num_actors * max(1 - waiting.actor_share, 1 / LARGEST_STEP)) + 1)
+    return min(max(wanted, limits[0]), limits[1])
+
+
+class Autoscaler:
+    """Decides anew whenever it has seen enough of the last decision's effect."""
+
+    def __init__(self, num_actors: int):
+        self.num_actors = num_actors
+        self._before = Waiting()
+
+    def decide(self, crew: Crew, waiting: Waiting, learner_has_stepped: bool, limits: tuple[int, int]) -> int:
+        """The actors to ask for now.
+
+        waiting: since the launch. Nothing is measured while actors come or go, or before the learner's first step: a
+        replay that is still filling tells nothing.
+        """
+        self.num_actors = min(max(self.num_actors, limits[0]), limits[1])
+        if crew.pending or crew.draining or not learner_has_stepped:
+            self._before = waiting
+            return self.num_actors
+        measured = waiting.since(self._before)
+        if measured.learner_seconds >= MEASURE_SECONDS:
+            self.num_actors = desired_actors(crew.live, measured, limits)
+            self._before = waiting
+        return self.num_actors
