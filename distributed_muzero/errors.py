@@ -8,6 +8,7 @@ DistributedMuZeroError            each message says what came, what was expected
 ├── NonFiniteError                NaN or Inf from an environment or a network, with step and seed
 ├── RunError                      the run's name, its folder, a run that exists or doesn't
 │   └── RunIsOver                 a limit was reached in an earlier launch
+├── ClusterError                  no Ray cluster, a token it refuses, a job it refuses
 ├── CheckpointError               a checkpoint that is missing, incomplete or corrupt
 │   └── CheckpointFormatError     a whole one, of a format that this version doesn't read
 ├── LogError                      a replay log that can't be written, locked or read
@@ -45,6 +46,10 @@ class RunError(DistributedMuZeroError):
 
 class RunIsOver(RunError):
     """A run that goes on only with a higher limit."""
+
+
+class ClusterError(DistributedMuZeroError):
+    """A Ray cluster that doesn't answer, refuses the token or refuses a job."""
 
 
 class CheckpointError(DistributedMuZeroError):

@@ -197,6 +197,22 @@ class RunFolder:
                 f"can't read {self.status_file}: {error}; the run writes it anew when it goes on"
             ) from None
 
+    def current_status(self) -> dict[str, Any]:
+        """The last status, with state `lost` where it says running and no process on this machine goes on."""
+        status = self.read_status() or {"run": self.name, "state": "starting"}
+        if status["state"] in ("running", "starting"):
+            with suppress(RunError), self.locked():
+                status["state"] = "lost"
+        return status
+
+
+def check_name(name: str) -> None:
+    """Raises RunError for a name that no run may have."""
+    if not NAME.fullmatch(name):
+        raise RunError(
+            f"run name {name!r}: expected 1 to 64 letters, digits and _ . - (the first a letter or digit)"
+        )
+
 
 def create_run(runs_dir: Path | str, name: str | None, config: Config) -> RunFolder:
     """Makes the folder of a new run and writes its config.yaml.
@@ -267,10 +283,7 @@ def _free_name(root: Path, name: str) -> str:
 
 def _inside(root: Path, name: str) -> Path:
     """The absolute path of a run's folder. Raises RunError if the name isn't allowed or leads elsewhere."""
-    if not NAME.fullmatch(name):
-        raise RunError(
-            f"run name {name!r}: expected 1 to 64 letters, digits and _ . - (the first a letter or digit)"
-        )
+    check_name(name)
     path = (root / name).resolve()
     if path != root.resolve() / name:
         raise RunError(f"run {name!r} leads out of {root}, to {path}; give that folder's path instead")

@@ -6,104 +6,58 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distributed_muzero.config import (
-    Config,
-    load_file,
-    load_preset,
-    make_config,
-    parse_overrides,
-    preset_names,
-)
-from distributed_muzero.errors import ConfigError, RunError, RunIsOver
+from distributed_muzero.cli import options
+from distributed_muzero.config import Config, make_config, parse_overrides
+from distributed_muzero.errors import RunError, RunIsOver
 
 if TYPE_CHECKING:
     from distributed_muzero.run_folder import RunFolder
 
 FINAL_EVALUATION_STREAM = 10**12  # no evaluation during training used these seeds: theirs are learner steps
-OFFLINE: dict[str, dict[str, Any]] = {
-    "actor": {"num_actors": 0},
-    "reanalyse": {"ratio": 1.0},
-    # Rewards further on are those of the policy that played; a new search's value replaces them.
-    "algorithm": {"td_steps": 5},
-}
-
-
-class Resume(StrEnum):
-    never = "never"
-    auto = "auto"
 
 
 def train(
-    preset: Annotated[str | None, typer.Option(help="A shipped preset; `config presets` lists them.")] = None,
-    env: Annotated[
-        str | None, typer.Option(help="An environment's id with the default config; see `envs`.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file of config sections.")] = None,
-    name: Annotated[str | None, typer.Option(help="The run's name; made up when absent.")] = None,
-    runs_dir: Annotated[Path, typer.Option(help="The folder of all runs.")] = Path("runs"),
-    seed: Annotated[int | None, typer.Option(help="run.seed")] = None,
-    actors: Annotated[int | None, typer.Option(help="actor.num_actors: actor processes.")] = None,
-    envs_per_actor: Annotated[
-        int | None, typer.Option(help="actor.envs_per_actor: games in lockstep.")
-    ] = None,
-    shards: Annotated[int | None, typer.Option(help="replay.num_shards")] = None,
-    max_env_steps: Annotated[int | None, typer.Option(help="Stop after so many environment steps.")] = None,
-    max_train_steps: Annotated[int | None, typer.Option(help="Stop after so many learner steps.")] = None,
-    max_minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes.")] = None,
-    stop_at_return: Annotated[
-        float | None, typer.Option(help="Stop when an evaluation reaches this mean.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")
-    ] = None,
+    preset: options.Preset = None,
+    env: options.Env = None,
+    config: options.ConfigFile = None,
+    name: options.Name = None,
+    runs_dir: options.RunsDir = Path("runs"),
+    seed: options.Seed = None,
+    actors: options.Actors = None,
+    autoscale: options.Autoscale = None,
+    envs_per_actor: options.EnvsPerActor = None,
+    shards: options.Shards = None,
+    max_env_steps: options.MaxEnvSteps = None,
+    max_train_steps: options.MaxTrainSteps = None,
+    max_minutes: options.MaxMinutes = None,
+    stop_at_return: options.StopAtReturn = None,
+    set_: options.Set = None,
     in_process: Annotated[bool, typer.Option("--in-process", help="One process, without Ray.")] = False,
-    resume: Annotated[
-        Resume, typer.Option(help="auto: go on with the run if there is one of this name.")
-    ] = Resume.never,
-    offline: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Learn from stored episodes alone: an exported .parquet, a folder of them, or a run."
-        ),
-    ] = None,
+    resume: options.ResumeOption = options.Resume.never,
+    offline: options.Offline = None,
 ) -> None:
     """Train on an environment: one learner, shards, actors and an evaluator, until a limit is reached or Ctrl-C.
 
-    The first Ctrl-C ends the run with a checkpoint, a second one at once.
+    The first Ctrl-C ends the run with a checkpoint, a second one at once. With RAY_ADDRESS set, the processes live in
+    that cluster.
     """
-    options: dict[str, dict[str, Any]] = {
-        "run": {
-            "seed": seed,
-            "max_env_steps": max_env_steps,
-            "max_train_steps": max_train_steps,
-            "max_minutes": max_minutes,
-            "stop_at_return": stop_at_return,
-        },
-        "actor": {"num_actors": actors, "envs_per_actor": envs_per_actor},
-        "replay": {"num_shards": shards},
-    }
-    layers = [_source(preset, env, config), given_only(options), parse_overrides(set_ or [])]
-    if offline:
-        layers[1:1] = [OFFLINE]
-    if resume is Resume.auto and name is None:
-        raise ConfigError("--resume auto goes on with the run of a name: give it with --name")
-    chosen = make_config(*layers)
-    if offline and not chosen.is_offline:
-        raise ConfigError(f"--offline learns from stored episodes alone: leave out --actors {actors}")
-    if chosen.is_offline and not offline:
-        raise ConfigError("actor.num_actors is 0: say with --offline DATASET what to learn from")
-    run_training(chosen, name, runs_dir, in_process, resume is Resume.auto, offline or [])
+    choices = options.Choices(
+        preset, env, config, name, seed, actors, autoscale, envs_per_actor, shards, max_env_steps, max_train_steps,
+        max_minutes, stop_at_return, set_, resume, offline,
+    )  # fmt: skip
+    chosen = choices.make_config()
+    may_exist = resume is options.Resume.auto
+    run_training(chosen, name, runs_dir, in_process, may_exist, [Path(text) for text in offline or []])
 
 
 def resume(
     run: Annotated[str, typer.Argument(help="A run's name, or its folder.")],
-    runs_dir: Annotated[Path, typer.Option(help="The folder of all runs.")] = Path("runs"),
+    runs_dir: options.RunsDir = Path("runs"),
     max_env_steps: Annotated[
         int | None, typer.Option(help="Of the whole run, earlier steps included.")
     ] = None,
@@ -111,10 +65,8 @@ def resume(
         int | None, typer.Option(help="Of the whole run, earlier steps included.")
     ] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Of this launch.")] = None,
-    stop_at_return: Annotated[
-        float | None, typer.Option(help="Stop when an evaluation reaches this mean.")
-    ] = None,
-    actors: Annotated[int | None, typer.Option(help="actor.num_actors: actor processes.")] = None,
+    stop_at_return: options.StopAtReturn = None,
+    actors: options.Actors = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value; null lifts a limit.")
     ] = None,
@@ -123,7 +75,7 @@ def resume(
     """Go on with a run that ended or was killed: weights, optimizer, stored episodes and counts are as they were."""
     from distributed_muzero.run_folder import open_run
 
-    options: dict[str, dict[str, Any]] = {
+    changes: dict[str, dict[str, Any]] = {
         "run": {
             "max_env_steps": max_env_steps,
             "max_train_steps": max_train_steps,
@@ -133,25 +85,9 @@ def resume(
         "actor": {"num_actors": actors},
     }
     folder = open_run(run, runs_dir)
-    config = make_config(folder.config.model_dump(), given_only(options), parse_overrides(set_ or []))
+    changed = options.given_only(changes)
+    config = make_config(folder.config.model_dump(), changed, parse_overrides(set_ or []))
     train_in(folder, config, in_process)
-
-
-def given_only(options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {
-        section: {key: value for key, value in values.items() if value is not None}
-        for section, values in options.items()
-    }
-
-
-def _source(preset: str | None, env: str | None, file: Path | None) -> dict[str, Any]:
-    if sum(source is not None for source in (preset, env, file)) != 1:
-        raise ConfigError(
-            f"name what to train by exactly one of --preset ({', '.join(preset_names())}), --env ID or --config FILE"
-        )
-    if preset is not None:
-        return load_preset(preset)
-    return load_file(file) if file is not None else {"environment": {"id": env}}
 
 
 def run_training(
@@ -209,15 +145,15 @@ def train_in(folder: RunFolder, config: Config, in_process: bool, datasets: Sequ
         progress.message("starting its workers")
         status = "failed"
         try:
-            reason = train_loop(config, folder.name, book, stop.is_set)
-            status = "stopped" if stop.is_set() else "finished"
+            ending = train_loop(config, folder.name, book, stop.is_set)
+            status = "stopped" if ending.was_stopped else "finished"
         finally:
             book.close(status)
-        progress.message(f"{status} after {book.state.seconds:.1f} s: {reason}")
+        progress.message(f"{status} after {book.state.seconds:.1f} s: {ending.reason}")
     state = book.state
     print(f"run: {folder.path}")
     print(f"environment steps: {state.env_steps}, learner steps: {state.learner.learner_steps}")
-    if status == "finished" and state.learner.learner_steps:
+    if status == "finished" and state.learner.learner_steps and not stop.is_set():
         seeds = (config.run.seed, FINAL_EVALUATION_STREAM)
         print_result(evaluate_run(folder, config.evaluator.num_episodes, seeds, None))
 

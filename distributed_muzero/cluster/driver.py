@@ -34,7 +34,7 @@ from distributed_muzero.errors import DistributedMuZeroError, RunError
 from distributed_muzero.files import folder_bytes
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import num_reanalysers
-from distributed_muzero.workers.run_state import ActorReport, Crew, LearnerReport
+from distributed_muzero.workers.run_state import ActorReport, Crew, Ending, LearnerReport
 
 PLAY_SECONDS = 0.25
 REANALYSE_SECONDS = 0.5
@@ -89,8 +89,8 @@ class Driver:
         self._num_restarts = {"actor": 0, "other": 0}
         self._next_exchange = 0.0
 
-    def run(self) -> str | None:
-        """Plays and learns until a limit of the run or a request to stop; returns the reason in words.
+    def run(self) -> Ending | None:
+        """Plays and learns until a limit of the run or a request to stop.
 
         None: another number of shards is asked for. All processes are ended then, for another driver to go on.
         """
@@ -104,7 +104,7 @@ class Driver:
                     self.book.progress.message(str(error))
             raise
 
-    def _run(self) -> str | None:
+    def _run(self) -> Ending | None:
         self._create()
         while True:
             self._handle_results()
@@ -112,12 +112,12 @@ class Driver:
             self.book.tick(list(self.shard_stats.values()), self._crew())
             if reason := self.book.state.stop_reason():
                 self._end(evaluate=not self.book.state.has_reached_goal)
-                return reason
-            if self.stop_requested():
-                if self.desired.stops_now:
-                    return "a stop at once was asked for; what was learnt since the last checkpoint is lost"
+                return Ending(reason)
+            if self.stop_requested() or self.desired.stop:
+                if self.desired.in_haste:
+                    return Ending("a stop at once: what was learnt since the last checkpoint is lost", True)
                 self._end()
-                return "a stop was asked for"
+                return Ending("a stop was asked for", True)
             if self.desired.num_shards != self.config.replay.num_shards:
                 self._end()
                 self._kill_all()

@@ -19,7 +19,8 @@ class Desired(NamedTuple):
     num_reanalysers: int
     num_shards: int
     autoscale: tuple[int, int] | None = None  # fewest and most actors; the driver chooses then
-    stops_now: bool = False  # when a stop is asked for: without draining, without a checkpoint
+    stop: bool = False
+    in_haste: bool = False  # a stop is to leave out draining and the last checkpoint
 
     def changed(self, **wishes: Any) -> Desired:
         """With other values. Raises RunError for those that this run can't have."""

@@ -16,17 +16,18 @@ from distributed_muzero.config import Config
 from distributed_muzero.errors import RunError
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import num_reanalysers
+from distributed_muzero.workers.run_state import Ending
 
 
-def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Callable[[], bool]) -> str:
+def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Callable[[], bool]) -> Ending:
     """The same as `workers.local.train`, with the roles as processes."""
     with ray_session(num_cpus(config)):
         desired = first_desired(config)
         control = make_control(run_name, desired)
         driver = Driver(config, run_name, book, stop_requested, desired, control)
-        while (reason := driver.run()) is None:
+        while (ending := driver.run()) is None:
             raise NotImplementedError
-        return reason
+        return ending
 
 
 def num_cpus(config: Config) -> int:

@@ -15,13 +15,13 @@ from distributed_muzero.workers.learner import Learner
 from distributed_muzero.workers.outbox import Outbox
 from distributed_muzero.workers.reanalyser import Reanalyser
 from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
-from distributed_muzero.workers.run_state import Crew, ReanalyseReport
+from distributed_muzero.workers.run_state import Crew, Ending, ReanalyseReport
 
 MAX_LEARNER_STEPS_A_TURN = 32
 
 
-def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Callable[[], bool]) -> str:
-    """Runs the loop until a limit of `config.run` or a request to stop; returns the reason in words."""
+def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Callable[[], bool]) -> Ending:
+    """Runs the loop until a limit of `config.run` or a request to stop."""
     builder = Builder(config, run_name)
     shards = [builder.replay_shard(index, book.folder.replay) for index in range(config.replay.num_shards)]
     learner, evaluator = builder.learner(), builder.evaluator()
@@ -54,7 +54,7 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
                     shard.flush()
             if stop_requested():
                 save(learner, book)
-                return "a stop was asked for"
+                return Ending("a stop was asked for", True)
             reason = book.state.stop_reason()
             if book.evaluation_is_due(learner.num_steps) or (reason and learner.num_steps):
                 evaluate(learner, evaluator, book)
@@ -62,7 +62,7 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
             elif book.checkpoint_is_due(learner.num_steps):
                 save(learner, book)
             if reason:
-                return reason
+                return Ending(reason)
     finally:
         with ExitStack() as stack:  # each is closed, also when another can't be
             closes = [evaluator.close, *(actor.close for actor in actors), *(shard.close for shard in shards)]

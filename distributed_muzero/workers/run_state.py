@@ -43,6 +43,13 @@ class LearnerReport:
     waited_seconds: float = 0.0  # of them, for batches
 
 
+class Ending(NamedTuple):
+    """Why a launch is over."""
+
+    reason: str  # in words
+    was_stopped: bool = False  # by a person, before any limit of the run
+
+
 class Crew(NamedTuple):
     """Who is at work."""
 

@@ -28,7 +28,7 @@ def train(tmp_path, name, sections=None, interval_seconds=100.0, **limits):
     )
     folder = create_run(tmp_path, name, config)
     book = Bookkeeper(config, folder, Progress(Console(file=io.StringIO())))
-    reason = local.train(config, name, book, lambda: False)
+    reason = local.train(config, name, book, lambda: False).reason
     book.close("finished")
     return folder, book, reason
 

@@ -1,0 +1,315 @@
+"""`submit`, `status`, `logs`, `scale`, `stop`, `runs`: runs in a cluster, from one of its nodes or from anywhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distributed_muzero.cli import options
+from distributed_muzero.errors import ClusterError, ConfigError, RunError
+
+START_SECONDS = 120.0
+STOP_SECONDS = 60.0
+WATCH_SECONDS = 2.0
+WATCH_JOB_SECONDS = 600.0  # of one small job that watches for somebody outside
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="The cluster: http://HOST:8265, or on one of its nodes `auto`. "
+        "Default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, then a cluster on this machine."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, one object a line.")]
+Run = Annotated[str, typer.Argument(help="A run's name.")]
+
+
+def submit(
+    address: Address = None,
+    preset: options.Preset = None,
+    env: options.Env = None,
+    config: options.ConfigFile = None,
+    name: options.Name = None,
+    runs_dir: Annotated[
+        str | None,
+        typer.Option(
+            help="The folder of all runs, on the cluster; default: its own DISTRIBUTED_MUZERO_RUNS_DIR."
+        ),
+    ] = None,
+    seed: options.Seed = None,
+    actors: options.Actors = None,
+    autoscale: options.Autoscale = None,
+    envs_per_actor: options.EnvsPerActor = None,
+    shards: options.Shards = None,
+    max_env_steps: options.MaxEnvSteps = None,
+    max_train_steps: options.MaxTrainSteps = None,
+    max_minutes: options.MaxMinutes = None,
+    stop_at_return: options.StopAtReturn = None,
+    set_: options.Set = None,
+    resume: options.ResumeOption = options.Resume.never,
+    offline: options.Offline = None,
+    package: Annotated[
+        list[Path] | None, typer.Option(help="A wheel that the run needs, such as your environment's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train in a cluster: as `train`, but as a job that goes on when this command has ended.
+
+    Files of --offline are the cluster's. What is installed there is what runs.
+    """
+    choices = options.Choices(
+        preset, env, config, name, seed, actors, autoscale, envs_per_actor, shards, max_env_steps, max_train_steps,
+        max_minutes, stop_at_return, set_, resume, offline,
+    )  # fmt: skip
+    chosen = choices.make_config()
+    for path in package or []:
+        if path.suffix != ".whl" or not path.is_file():
+            raise ConfigError(f"--package {path}: expected a wheel; `pip wheel --no-deps FOLDER` makes one")
+    from distributed_muzero.cluster.jobs import Jobs
+    from distributed_muzero.run_folder import check_name, default_run_name
+
+    run = name or default_run_name(chosen)
+    check_name(run)
+    jobs = Jobs(address)
+    may_exist = resume is options.Resume.auto
+    arguments = ["--resume", resume.value, *(word for path in offline or [] for word in ("--offline", path))]
+    job_id = jobs.submit(run, chosen, arguments, package or [], runs_dir, may_exist)
+    _tell(f"submitted as job {job_id}; waiting for it to start")
+    folder = jobs.wait_until_started(job_id, START_SECONDS)
+    if as_json:
+        print(json.dumps({"run": run, "job": job_id, "folder": folder}))
+        return
+    print(f"run {run} in {folder}" if folder else f"run {run}, which hasn't begun yet")
+    where = f" --address {address}" if address else ""
+    for command in (f"status {run} --watch", f"logs {run} -f", f"scale {run} --actors 4", f"stop {run}"):
+        print(f"  distributed-muzero {command}{where}")
+
+
+def status(
+    run: Annotated[
+        str | None, typer.Argument(help="A run's name; default: the one that goes on, or the last.")
+    ] = None,
+    address: Address = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until the run has ended.")] = False,
+    as_json: Json = False,
+    runs_dir: options.RunsDir = Path("runs"),
+    watch_seconds: Annotated[float | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """How a run stands: in a cluster, or, where there is none, in the runs folder here."""
+    from distributed_muzero.cli.status_view import show
+
+    statuses = watched(run, address, runs_dir, watch, watch_seconds)
+    if as_json:
+        for found in statuses:
+            print(json.dumps(found), flush=True)
+    else:
+        show(statuses)
+
+
+def watched(
+    run: str | None, address: str | None, runs_dir: Path, watch: bool, watch_seconds: float | None
+) -> Iterator[dict[str, Any]]:
+    """The run's status; with `watch`, every two seconds until the run, or the time, is over."""
+    from distributed_muzero.cluster.jobs import GOING_ON, Jobs, cluster_address, is_http, last_json
+
+    where = cluster_address(address)
+    arguments = ["status", *([run] if run else []), "--json"]
+    if is_http(where) and not watch:
+        yield last_json(Jobs(where).execute(arguments))
+        return
+    if is_http(where):
+        state = "running"
+        while state in (*GOING_ON, "starting"):
+            more = [*arguments, "--watch", "--watch-seconds", str(WATCH_JOB_SECONDS)]
+            for line in Jobs(where).execute_following(more):
+                if line.startswith("{"):
+                    found = json.loads(line)
+                    state = found["state"]
+                    yield found
+        return
+    from distributed_muzero.cluster.control import joined, run_status
+
+    deadline = time.monotonic() + (watch_seconds or float("inf"))
+    try:
+        with joined(where):
+            while True:
+                found = run_status(run, runs_dir)
+                yield found
+                if not watch or found["state"] not in (*GOING_ON, "starting"):
+                    return
+                if time.monotonic() >= deadline:
+                    return
+                time.sleep(WATCH_SECONDS)
+    except ClusterError as error:
+        if where is not None:
+            raise
+        yield from _of_a_folder(run, runs_dir, watch, error)
+
+
+def _of_a_folder(
+    run: str | None, runs_dir: Path, watch: bool, error: ClusterError
+) -> Iterator[dict[str, Any]]:
+    """Of a run of `train` on this machine."""
+    from distributed_muzero.run_folder import open_run, run_names
+
+    names = run_names(runs_dir)
+    if not names and run is None:
+        raise RunError(f"{runs_dir} holds no runs, and {error}")
+    try:
+        folder = open_run(run or names[0], runs_dir)
+    except RunError as missing:
+        raise RunError(f"{missing}; and {error}") from None
+    while True:
+        found = folder.current_status()
+        yield found
+        if not watch or found["state"] not in ("running", "starting"):
+            return
+        time.sleep(WATCH_SECONDS)
+
+
+def logs(
+    run: Run,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")] = False,
+) -> None:
+    """What a run in a cluster has printed."""
+    from distributed_muzero.cluster.jobs import Jobs
+
+    jobs = Jobs(address)
+    job = jobs.find(run)
+    if not follow:
+        sys.stdout.write(jobs.logs(job.job_id))
+        return
+    for text in jobs.follow(job.job_id):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def scale(
+    run: Run,
+    address: Address = None,
+    actors: Annotated[
+        int | None, typer.Option(help="As many; those that are too many deliver their games first.")
+    ] = None,
+    autoscale: Annotated[
+        str | None,
+        typer.Option(metavar="MIN:MAX|off", help="As many actors as keep actors and learner busy."),
+    ] = None,
+    shards: Annotated[
+        int | None, typer.Option(help="Replay shards; the run pauses while their episodes are laid out anew.")
+    ] = None,
+    reanalysers: Annotated[int | None, typer.Option(help="Reanalysers.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Change how many processes of a kind a run in a cluster has, while it goes on."""
+    wishes: dict[str, Any] = {
+        name: number
+        for name, number in (
+            ("num_actors", actors),
+            ("num_shards", shards),
+            ("num_reanalysers", reanalysers),
+        )
+        if number is not None
+    }
+    if actors is not None and autoscale not in (None, "off"):
+        raise ConfigError("--actors and --autoscale both say how many actors: give one of them")
+    if autoscale is not None:
+        wishes["autoscale"] = None if autoscale == "off" else options.parse_range(autoscale)
+    if not wishes:
+        raise ConfigError("say what is to change: --actors, --autoscale, --shards or --reanalysers")
+    from distributed_muzero.cluster.jobs import Jobs, cluster_address, is_http, last_json
+
+    where = cluster_address(address)
+    if is_http(where):
+        numbers = {
+            "--actors": actors,
+            "--autoscale": autoscale,
+            "--shards": shards,
+            "--reanalysers": reanalysers,
+        }
+        given = [str(word) for pair in numbers.items() if pair[1] is not None for word in pair]
+        desired = last_json(Jobs(where).execute(["scale", run, *given, "--json"]))
+    else:
+        from distributed_muzero.cluster.control import change, joined
+
+        with joined(where):
+            desired = change(run, **wishes)._asdict()
+    if as_json:
+        print(json.dumps(desired))
+        return
+    chosen = f"{desired['autoscale'][0]} to {desired['autoscale'][1]}" if desired["autoscale"] else None
+    print(
+        f"run {run} is asked to have {chosen or desired['num_actors']} actors, {desired['num_shards']} shards, "
+        f"{desired['num_reanalysers']} reanalysers"
+    )
+
+
+def stop(
+    run: Run,
+    address: Address = None,
+    now: Annotated[
+        bool, typer.Option("--now", help="Without draining and without a last checkpoint.")
+    ] = False,
+    haste_only: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """End a run in a cluster: its actors deliver their games, a checkpoint is written, and all its processes end."""
+    from distributed_muzero.cluster.control import change, joined
+    from distributed_muzero.cluster.jobs import GOING_ON, Jobs, cluster_address, is_http
+
+    where = cluster_address(address)
+    if haste_only:
+        with joined(where):
+            change(run, in_haste=True)
+        return
+    jobs = Jobs(address)
+    job = jobs.find(run)
+    if not job.goes_on:
+        raise RunError(f"run {run!r} isn't going on: it has {job.state}")
+    if now:
+        # A run that doesn't answer is stopped all the same, if a little later.
+        with suppress(RunError, ClusterError):
+            if is_http(where):
+                jobs.execute(["stop", run, "--haste-only"])
+            else:
+                with joined(where):
+                    change(run, in_haste=True)
+    jobs.stop(job.job_id)
+    _tell("stopping" if now else "stopping: games are delivered, a checkpoint is written")
+    state = jobs.wait(job.job_id, STOP_SECONDS)
+    if state in GOING_ON:
+        raise RunError(f"run {run!r} goes on after {STOP_SECONDS:.0f} s; look at `logs {run}`, and try --now")
+    print(f"run {run} has {state}")
+
+
+def runs(address: Address = None, runs_dir: options.RunsDir = Path("runs"), as_json: Json = False) -> None:
+    """The runs of a cluster, newest first; or, where there is none, those in the runs folder here."""
+    from distributed_muzero.cli.status_view import show_runs
+    from distributed_muzero.cluster.jobs import Jobs, cluster_address
+    from distributed_muzero.run_folder import open_run, run_names
+
+    try:
+        found = [job.summary() for job in Jobs(address).runs()]
+    except ClusterError:
+        if cluster_address(address) is not None:
+            raise
+        _tell(f"no cluster on this machine; the runs in {runs_dir}:")
+        found = [
+            {"run": name, "state": open_run(name, runs_dir).current_status()["state"]}
+            for name in run_names(runs_dir)
+        ]
+    if as_json:
+        for line in found:
+            print(json.dumps(line))
+    else:
+        show_runs(found)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,102 @@
+"""From a node of the cluster to a run that goes on there: its status, and what it is asked to be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from distributed_muzero.cluster.jobs import Jobs, first_line
+from distributed_muzero.cluster.run_control import NAMESPACE, Desired
+from distributed_muzero.errors import ClusterError, DistributedMuZeroError, RunError
+from distributed_muzero.run_folder import open_run
+
+ANSWER_SECONDS = 20.0
+
+
+@contextmanager
+def joined(address: str | None) -> Iterator[None]:
+    """Joins the cluster whose node this is. Raises ClusterError if there is none, or it wants another token."""
+    try:
+        ray.init(
+            address=address or "auto",
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"at {address}" if address else "on this machine"
+        raise ClusterError(
+            f"no Ray cluster answers {where}: {first_line(error)}; give its address with --address "
+            "http://HOST:8265, or set RAY_ADDRESS"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def names_going_on() -> list[str]:
+    """The runs of this cluster whose RunControl lives, sorted."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(actor["name"] for actor in actors if actor["namespace"] == NAMESPACE)
+
+
+def run_status(run: str | None, runs_dir: Path | str) -> dict[str, Any]:
+    """A run's status as the run itself tells it; of one that has ended, what its folder and its job tell.
+
+    run: without a name, the only run that goes on, or the newest. Raises RunError if there is none.
+    """
+    run = run or _only_run()
+    if run in names_going_on():
+        with suppress(RunError):  # it may end just now
+            return _ask(run, "get_status") or {"run": run, "state": "starting"}
+    job = Jobs(None).find(run)
+    status: dict[str, Any] = {}
+    with suppress(RunError):
+        status = open_run(run, job.runs_dir or runs_dir).read_status() or {}
+    state = job.state
+    if job.goes_on and status.get("state") not in (None, "running"):
+        status = {}  # of the launch before
+    if not job.goes_on and status.get("state") in ("finished", "stopped"):
+        state = status["state"]
+    return {**status, "run": run, "state": state}
+
+
+def change(run: str, **wishes: Any) -> Desired:
+    """Asks a run that goes on to be otherwise; returns all that it is asked to be. Raises RunError."""
+    return Desired(*_ask(run, "set_desired", **wishes))
+
+
+def _only_run() -> str:
+    names = names_going_on()
+    if len(names) > 1:
+        raise RunError(f"several runs are going on: {', '.join(names)}; name one")
+    if names:
+        return names[0]
+    jobs = Jobs(None).runs()
+    if not jobs:
+        raise RunError("the cluster has no runs yet; submit one")
+    return jobs[0].run
+
+
+def _ask(run: str, method: str, **arguments: Any) -> Any:
+    try:
+        control = ray.get_actor(run, namespace=NAMESPACE)
+        return ray.get(getattr(control, method).remote(**arguments), timeout=ANSWER_SECONDS)
+    except RayTaskError as error:
+        if isinstance(error.cause, DistributedMuZeroError):
+            raise error.cause from None
+        raise
+    except (ValueError, RayActorError):
+        names = ", ".join(names_going_on()) or "none"
+        raise RunError(f"run {run!r} isn't going on in this cluster. Going on: {names}") from None
+    except GetTimeoutError:
+        raise RunError(
+            f"run {run!r} gave no answer in {ANSWER_SECONDS:.0f} s; its node may be overloaded: try again"
+        ) from None
