@@ -30,7 +30,6 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 FIXED: dict[str, tuple[str, ...]] = {
     "environment": ("id", "kwargs", "history_length"),
     "network": (),
-    "replay": ("num_shards",),
     "run": ("seed",),
 }
 MAX_LISTED = 20  # runs named in an error

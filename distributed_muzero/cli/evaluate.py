@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distributed_muzero.cli import options
+
 if TYPE_CHECKING:
     from distributed_muzero.run_folder import RunFolder
 
@@ -18,7 +20,7 @@ def evaluate(
     episodes: Annotated[int, typer.Option(min=1, help="Games to play.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Where the games' starts come from.")] = 10_000,
     simulations: Annotated[int | None, typer.Option(min=1, help="In place of the run's own.")] = None,
-    runs_dir: Annotated[Path, typer.Option(help="The folder of all runs.")] = Path("runs"),
+    runs_dir: options.RunsDir = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
 ) -> None:
     """Play games with a run's best checkpoint: greedy, without noise, in environments of its own."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distributed_muzero.cli import options
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -23,7 +25,7 @@ app = typer.Typer(
 )
 
 Run = Annotated[str, typer.Argument(help="A run's name, or the path of its folder.")]
-RunsDir = Annotated[Path, typer.Option(help="The folder of all runs.")]
+RunsDir = options.RunsDir
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")]
 RUNS = Path("runs")
 

@@ -29,6 +29,8 @@ ROWS = (
     ("folder", "folder", ""),
 )
 
+TIMES = ("started", "ended")
+
 
 def show(statuses: Iterable[Mapping[str, Any]]) -> None:
     """Each status in the place of the last one on a terminal, one below the other elsewhere."""
@@ -65,8 +67,12 @@ def show_runs(runs: Sequence[Mapping[str, Any]]) -> None:
     for name in runs[0]:
         table.add_column(name, overflow="fold")
     for run in runs:
-        table.add_row(*(str(value or "–") for value in run.values()))
+        table.add_row(*(_time(value) if name in TIMES else str(value) for name, value in run.items()))
     Console().print(table)
+
+
+def _time(iso: str | None) -> str:
+    return iso[:19].replace("T", " ") if iso else "–"
 
 
 def _text(value: Any) -> str:

@@ -67,6 +67,7 @@ def resume(
     max_minutes: Annotated[float | None, typer.Option(help="Of this launch.")] = None,
     stop_at_return: options.StopAtReturn = None,
     actors: options.Actors = None,
+    shards: options.Shards = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value; null lifts a limit.")
     ] = None,
@@ -83,6 +84,7 @@ def resume(
             "stop_at_return": stop_at_return,
         },
         "actor": {"num_actors": actors},
+        "replay": {"num_shards": shards},
     }
     folder = open_run(run, runs_dir)
     changed = options.given_only(changes)
@@ -126,11 +128,13 @@ def train_in(folder: RunFolder, config: Config, in_process: bool, datasets: Sequ
     else:
         from distributed_muzero.cluster.session import train as train_loop
     from distributed_muzero.workers.bookkeeper import Bookkeeper, why_over
+    from distributed_muzero.workers.layout import lay_out
 
     with folder.locked(), Progress(limits=config.run) as progress, stop_on_signal(progress) as stop:
         folder = folder.with_config(config)
         if reason := why_over(folder):
             raise RunIsOver(f"run {folder.name} is over: {reason}; resume it with a higher limit to go on")
+        lay_out(folder.replay, config)
         folder.write_config()
         import_stored(folder, datasets or folder.read_datasets(), progress.message, stop.is_set)
         if stop.is_set():

@@ -43,6 +43,7 @@ LEARNER_CALLS_IN_FLIGHT = 2  # so that the learner never waits for the driver
 CALL_TIMEOUT_SECONDS = 120.0  # also covers what a process makes at its first call
 EVALUATION_TIMEOUT_SECONDS = 3600.0  # games may be long, and a slow evaluation holds nobody up
 EXCHANGE_SECONDS = 0.5
+STOP_DRAIN_SECONDS = 6.0  # for the actors' last games when the run ends
 STOP_SECONDS = 15.0  # for flushing shards and fetching the learner's state when the run ends
 LEAVE_SECONDS = 600.0  # for an actor's last games, while the limiter holds them back
 SHARD_RESTART_SECONDS = 60.0  # Ray's restart of a shard's process
@@ -87,6 +88,7 @@ class Driver:
         self._learner_has_begun = self._has_ended = False
         self._first_step = self._steps
         self._num_restarts = {"actor": 0, "other": 0}
+        self._drains_until: float | None = None
         self._next_exchange = 0.0
 
     def run(self) -> Ending | None:
@@ -113,19 +115,32 @@ class Driver:
             if reason := self.book.state.stop_reason():
                 self._end(evaluate=not self.book.state.has_reached_goal)
                 return Ending(reason)
-            if self.stop_requested() or self.desired.stop:
-                if self.desired.in_haste:
-                    return Ending("a stop at once: what was learnt since the last checkpoint is lost", True)
+            is_stopped = self.stop_requested() or self.desired.stop
+            if is_stopped and self.desired.in_haste:
+                return Ending("a stop at once: what was learnt since the last checkpoint is lost", True)
+            is_over = is_stopped or self.desired.num_shards != self.config.replay.num_shards
+            if is_over and self._has_drained():
                 self._end()
-                return Ending("a stop was asked for", True)
-            if self.desired.num_shards != self.config.replay.num_shards:
-                self._end()
+                if is_stopped:
+                    return Ending("a stop was asked for", True)
                 self._kill_all()
                 return None
 
+    def _has_drained(self) -> bool:
+        """Whether all games are delivered, or the time for it is over. From the first call on, nobody plays.
+
+        The learner goes on meanwhile: it makes room where the limiter holds the last games back.
+        """
+        if self._drains_until is None:
+            self._drains_until = time.monotonic() + STOP_DRAIN_SECONDS
+            self._reconcile()
+        return not self.leaving or time.monotonic() > self._drains_until
+
     @property
     def num_desired_actors(self) -> int:
-        """As asked for, or as chosen between the limits that were."""
+        """As asked for, or as chosen between the limits that were; none once the run ends."""
+        if self._drains_until is not None:
+            return 0
         if self.desired.autoscale is None:
             return self.desired.num_actors
         return self.autoscaler.num_actors

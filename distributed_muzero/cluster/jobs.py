@@ -11,6 +11,7 @@ import asyncio
 import datetime
 import difflib
 import json
+import logging
 import os
 import shlex
 import tempfile
@@ -89,6 +90,9 @@ class Jobs:
             os.environ[ADDRESS_VARIABLES[0]] = self.address
         with self._clear_errors():
             self._client = Client(self.address)
+        # Told of each package that is uploaded.
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
     def runs(self) -> list[RunJob]:
         """All launches that the cluster remembers, newest first."""
@@ -309,6 +313,7 @@ def first_line(error: BaseException) -> str:
 
 
 def iso_time(seconds: float | None) -> str | None:
+    """In this machine's time zone."""
     if seconds is None:
         return None
     return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")

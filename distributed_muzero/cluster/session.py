@@ -11,12 +11,16 @@ from contextlib import contextmanager
 import ray
 
 from distributed_muzero.cluster.driver import Driver, first_desired, make_control
+from distributed_muzero.cluster.jobs import is_http
 from distributed_muzero.cluster.run_control import NAMESPACE
 from distributed_muzero.config import Config
-from distributed_muzero.errors import RunError
+from distributed_muzero.errors import ClusterError
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import num_reanalysers
+from distributed_muzero.workers.layout import lay_out, with_shards
 from distributed_muzero.workers.run_state import Ending
+
+SHARDS_END_SECONDS = 15.0  # until killed shards have let go of their logs
 
 
 def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Callable[[], bool]) -> Ending:
@@ -24,10 +28,15 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
     with ray_session(num_cpus(config)):
         desired = first_desired(config)
         control = make_control(run_name, desired)
-        driver = Driver(config, run_name, book, stop_requested, desired, control)
-        while (ending := driver.run()) is None:
-            raise NotImplementedError
-        return ending
+        while True:
+            driver = Driver(config, run_name, book, stop_requested, desired, control)
+            if ending := driver.run():
+                return ending
+            desired, control = driver.desired, driver.control.handle
+            config = with_shards(config, desired.num_shards)
+            book.progress.message(f"laying out the replay for {desired.num_shards} shards")
+            lay_out(book.folder.replay, config, SHARDS_END_SECONDS)
+            book.change_config(config)
 
 
 def num_cpus(config: Config) -> int:
@@ -40,6 +49,10 @@ def num_cpus(config: Config) -> int:
 def ray_session(num_cpus: int, **options: object) -> Iterator[None]:
     """Connects to RAY_ADDRESS if it is set; else starts a Ray on this machine and ends it afterwards."""
     address = os.environ.get("RAY_ADDRESS")
+    if is_http(address):
+        raise ClusterError(
+            f"RAY_ADDRESS is {address}, where jobs are submitted; unset it to train on this machine, or use `submit`"
+        )
     if not address:
         # Ray starts its workers at niceness 15: beside any other program they would get next to nothing.
         os.environ.setdefault("RAY_worker_niceness", "0")
@@ -55,7 +68,7 @@ def ray_session(num_cpus: int, **options: object) -> Iterator[None]:
             **options,  # type: ignore[arg-type]
         )
     except ConnectionError as error:
-        raise RunError(
+        raise ClusterError(
             f"no Ray cluster answers at RAY_ADDRESS={address}: {error}; unset it to start one here"
         ) from None
     signal.signal(signal.SIGTERM, before)  # ray.init puts its own handler there, which exits at once

@@ -111,6 +111,13 @@ class Bookkeeper:
                 f"{num_episodes} finished games were left with actors that ended: the shards take no more for now"
             )
 
+    def change_config(self, config: Config) -> None:
+        """The launch goes on with other settings, such as another number of shards, and new processes."""
+        self.folder = self.folder.with_config(config)
+        self.folder.write_config()
+        self.config = config
+        self.first_version = max(self.first_version, self.state.learner.weights_version + 1)
+
     def _reserve_versions(self, end: int) -> None:
         self._reserved_versions = end
         self.folder.reserve_versions(self.launch, end)

@@ -166,7 +166,7 @@ def test_a_damaged_mark_of_the_best_is_set_again_by_the_evaluations(run):
 
 @pytest.mark.parametrize(
     ("section", "key", "value"),
-    [("network", "embedding_size", 9), ("environment", "id", "CartPole-v1"), ("replay", "num_shards", 2)],
+    [("network", "embedding_size", 9), ("environment", "id", "CartPole-v1")],
 )
 def test_what_weights_and_episodes_depend_on_can_not_change(run, section, key, value):
     changed = make_config(run.config.model_dump(), {section: {key: value}})
