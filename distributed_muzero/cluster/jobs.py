@@ -41,6 +41,7 @@ GOING_ON = ("pending", "running")
 STOP_WAIT_SECONDS = 40
 REQUEST_SECONDS = 30.0
 POLL_SECONDS = 0.5
+AGENT_SECONDS = 60.0
 COMMAND_SECONDS = 120.0  # of a small job; most of it is Ray's start of a process
 MAX_LISTED = 20  # runs named in an error
 # Ray's tools read these, in this order.
@@ -144,8 +145,8 @@ class Jobs:
         job_id = run if not before else f"{run}-launch-{len(before) + 1}"
         with tempfile.TemporaryDirectory() as folder, self._clear_errors():
             (Path(folder) / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-            return self._client.submit_job(
-                entrypoint=entrypoint(command),
+            return self._start(
+                command,
                 submission_id=job_id,
                 metadata=metadata,
                 runtime_env={
@@ -154,6 +155,17 @@ class Jobs:
                     **({"py_modules": [str(path) for path in packages]} if packages else {}),
                 },
             )
+
+    def _start(self, arguments: Sequence[str], **options: Any) -> str:
+        """A head node that has just come up answers before it can take jobs: for a while, that is tried again."""
+        deadline = time.monotonic() + AGENT_SECONDS
+        while True:
+            try:
+                return self._client.submit_job(entrypoint=entrypoint(arguments), **options)
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() >= deadline:
+                    raise
+                time.sleep(POLL_SECONDS)
 
     def state(self, job_id: str) -> str:
         with self._clear_errors():
@@ -225,7 +237,7 @@ class Jobs:
     def _command(self, arguments: Sequence[str]) -> Iterator[str]:
         """The id of a small job, which is ended and forgotten afterwards."""
         with self._clear_errors():
-            job_id = self._client.submit_job(entrypoint=entrypoint(arguments))
+            job_id = self._start(arguments)
         try:
             yield job_id
         finally:

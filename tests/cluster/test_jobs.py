@@ -1,0 +1,356 @@
+"""Runs as jobs of a real cluster with a token: everything through the commands, as from a laptop."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+
+from distributed_muzero import checkpoint
+from distributed_muzero.cluster.jobs import (
+    STOP_WAIT_SECONDS,
+    cluster_address,
+    entrypoint,
+    is_http,
+    last_error,
+    last_json,
+)
+from distributed_muzero.errors import ClusterError
+from distributed_muzero.replay.inspection import replay_stats
+from tests.processes import command, descendants, wait_for
+
+FOREVER = ("--set", "run.max_train_steps=null", "--max-minutes", 5)
+COIN = """
+import numpy as np
+from distributed_muzero.environments.base import EnvironmentSpec
+
+
+class Coin:
+    spec = EnvironmentSpec("coin", (2,), np.dtype(np.float32), (2,))
+    truncated = False
+
+    def initial_state(self, seed=None):
+        self.side = np.random.default_rng(seed).integers(2)
+        return np.eye(2, dtype=np.float32)[self.side]
+
+    def step(self, action):
+        return float(action == self.side), np.zeros(2, np.float32), True
+
+    def mask(self):
+        return np.ones(2)
+
+    def to_play(self):
+        return 0
+
+    def close(self):
+        pass
+
+
+def make_coin(config):
+    return Coin()
+"""
+
+
+class Cluster(NamedTuple):
+    http: str
+    gcs: str
+    runs_dir: Path
+    environment: dict[str, str]
+    pid: int
+
+    def run(
+        self, *arguments: object, expect: int = 0, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            command(*arguments),
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env={**self.environment, **environment},
+        )
+        assert done.returncode == expect, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    def outside(self, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        return self.run(*arguments, "--address", self.http, **options)
+
+    def inside(self, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        """As on a node."""
+        return self.run(*arguments, "--address", self.gcs, **options)
+
+    def status(self, run: str) -> dict[str, Any]:
+        return json.loads(self.inside("status", run, "--json").stdout)
+
+    def workers(self, run: str) -> list[psutil.Process]:
+        """The run's driver and, as only one run goes on, all of its processes."""
+        return [process for process in descendants(self.pid) if is_of_a_run(process, run)]
+
+
+def is_of_a_run(process: psutil.Process, run: str) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        title = " ".join(process.cmdline())
+        return f"--name {run}" in title or (title.startswith("ray::") and "Worker" in title)
+    return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    ports = [free_port() for _ in range(2)]
+    # Sockets live in Ray's folder, and their paths may not be longer than 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="dm", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        runs_dir = Path(folder) / "runs"
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_worker_niceness": "0",
+            "DISTRIBUTED_MUZERO_RUNS_DIR": str(runs_dir),
+        }
+        head = subprocess.Popen(
+            [
+                str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
+                f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--dashboard-host=127.0.0.1", "--num-cpus=6",
+                "--object-store-memory=200000000", "--disable-usage-stats", f"--temp-dir={folder}/ray",
+            ],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        found = Cluster(
+            f"http://127.0.0.1:{ports[1]}", f"127.0.0.1:{ports[0]}", runs_dir, environment, head.pid
+        )
+        try:
+            wait_for("the cluster", lambda: answers(found))
+            yield found
+        finally:
+            left = descendants(head.pid)
+            head.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                head.wait(timeout=30)
+            for process in [*left, psutil.Process(head.pid)] if head.poll() is None else left:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            head.wait(timeout=10)
+
+
+def answers(found: Cluster) -> bool:
+    done = subprocess.run(
+        command("runs", "--address", found.http), capture_output=True, timeout=60, env=found.environment
+    )
+    return done.returncode == 0
+
+
+cluster_test = [pytest.mark.cluster, pytest.mark.slow]
+
+
+class TestALifeFromOutside:
+    pytestmark = cluster_test
+
+    def test_submit_status_scale_stop(self, cluster):
+        submitted = cluster.outside(
+            "submit", "--preset", "debug", "--name", "life", "--actors", 2, *FOREVER, "--json"
+        )
+        found = json.loads(submitted.stdout)
+        assert found == {"run": "life", "job": "life", "folder": str(cluster.runs_dir / "life")}
+
+        wait_for("learner steps", lambda: cluster.status("life").get("learner_steps", 0) > 0)
+        status = json.loads(cluster.outside("status", "life", "--json").stdout)
+        assert status["run"] == "life" and status["state"] == "running"
+        assert status["actors"]["desired"] == 2 and status["shards"] == 1
+
+        refused = cluster.outside("submit", "--preset", "debug", "--name", "life", expect=2)
+        assert "run 'life' is going on (job life)" in refused.stderr
+
+        desired = json.loads(cluster.outside("scale", "life", "--actors", 3, "--json").stdout)
+        assert desired["num_actors"] == 3
+        wait_for("three actors", lambda: cluster.status("life")["actors"]["live"] == 3)
+        cluster.inside("scale", "life", "--actors", 1)
+        wait_for("one actor", lambda: cluster.status("life")["actors"]["desired"] == 1)
+        wait_for("its games", lambda: cluster.status("life")["actors"]["draining"] == 0)
+        assert cluster.status("life")["undelivered_episodes"] == 0
+
+        assert "run life in" in cluster.outside("logs", "life").stdout
+        assert len(cluster.workers("life")) >= 5
+        assert "run life has stopped" in cluster.outside("stop", "life").stdout
+        wait_for("its processes' end", lambda: not cluster.workers("life"))
+        saved = checkpoint.latest_checkpoint(cluster.runs_dir / "life" / "checkpoints")
+        last = cluster.status("life")
+        assert last["state"] == "stopped"
+        assert saved is not None and saved.step == last["learner_steps"]
+        assert "isn't going on: it has stopped" in cluster.outside("stop", "life", expect=2).stderr
+        assert "isn't going on" in cluster.inside("scale", "life", "--actors", 2, expect=2).stderr
+
+    def test_a_stopped_run_is_resumed_with_other_shards_and_rays_own_stop_writes_a_checkpoint(self, cluster):
+        folder = cluster.runs_dir / "life"
+        before = cluster.status("life")
+        episodes = replay_stats(folder / "replay")["episodes"]
+        taken = cluster.outside("submit", "--preset", "debug", "--name", "life", expect=2)
+        assert "exists (stopped); choose another --name, or go on with it: --resume auto" in taken.stderr
+        cluster.outside("submit", "--preset", "debug", "--name", "life", "--resume", "auto", *FOREVER)
+        wait_for(
+            "more steps", lambda: cluster.status("life").get("learner_steps", 0) > before["learner_steps"]
+        )
+        cluster.inside("scale", "life", "--shards", 3)
+        wait_for("three shards", lambda: len(list((folder / "replay").glob("shard_*"))) == 3)
+        more = cluster.status("life")["learner_steps"]
+        wait_for("steps with them", lambda: cluster.status("life")["learner_steps"] > more)
+        ray = str(Path(sys.executable).parent / "ray")
+        subprocess.run(
+            [ray, "job", "stop", "life-launch-2", "--address", cluster.http],
+            env=cluster.environment,
+            check=True,
+            capture_output=True,
+            timeout=STOP_WAIT_SECONDS + 20,
+        )
+        wait_for("its processes' end", lambda: not cluster.workers("life"))
+        last = cluster.status("life")
+        assert (last["state"], last["shards"]) == ("stopped", 3)
+        saved = checkpoint.latest_checkpoint(folder / "checkpoints")
+        assert saved is not None and saved.step == last["learner_steps"]
+        stats = replay_stats(folder / "replay")
+        assert (
+            stats["episodes"] >= episodes
+            and stats["episodes"] == last["episodes"] - last["undelivered_episodes"]
+        )
+        lines = [json.loads(line) for line in cluster.outside("runs", "--json").stdout.splitlines()]
+        assert [(line["job"], line["state"]) for line in lines if line["run"] == "life"] == [
+            ("life-launch-2", "stopped"),
+            ("life", "stopped"),
+        ]
+
+    def test_a_stop_at_once_ends_all_without_a_checkpoint(self, cluster):
+        cluster.outside(
+            "submit", "--preset", "debug", "--name", "haste", *FOREVER, "--set", "learner.checkpoint_seconds=1000",
+            "--set", "evaluator.interval_seconds=1000",
+        )  # fmt: skip
+        wait_for("learner steps", lambda: cluster.status("haste").get("learner_steps", 0) > 0)
+        assert "run haste has stopped" in cluster.outside("stop", "haste", "--now").stdout
+        wait_for("its processes' end", lambda: not cluster.workers("haste"))
+        assert not list((cluster.runs_dir / "haste" / "checkpoints").glob("step_*"))
+
+    def test_a_wheel_brings_an_environment_of_ones_own(self, cluster, tmp_path):
+        wheel = make_wheel(tmp_path)
+        cluster.outside(
+            "submit", "--env", "coin", "--package", wheel, "--name", "coins", "--max-train-steps", 30,
+            "--set", "replay.min_size_to_sample=100", "--set", "network.hidden_sizes=[8]",
+        )  # fmt: skip
+        wait_for("its end", lambda: cluster.status("coins")["state"] == "finished")
+        assert cluster.status("coins")["learner_steps"] >= 30
+
+    def test_a_run_that_cannot_start_says_why(self, cluster):
+        (cluster.runs_dir / "there" / "checkpoints").mkdir(parents=True)
+        refused = cluster.outside("submit", "--preset", "debug", "--name", "there", expect=2)
+        assert "did not start: run 'there' exists already" in refused.stderr
+
+
+class TestMistakes:
+    pytestmark = cluster_test
+
+    def test_a_wrong_token_and_none(self, cluster):
+        wrong = cluster.outside("runs", expect=2, RAY_AUTH_TOKEN=secrets.token_hex(32))
+        assert "refused the token" in wrong.stderr
+        none = cluster.outside("submit", "--preset", "debug", expect=2, RAY_AUTH_MODE="disabled")
+        assert "refused the token" in none.stderr and "RAY_AUTH_TOKEN" in none.stderr
+
+    def test_no_cluster_there(self, cluster):
+        answer = cluster.run("runs", "--address", f"http://127.0.0.1:{free_port()}", expect=2)
+        assert "no Ray cluster answers at http://127.0.0.1" in answer.stderr
+        assert "no Ray cluster answers" in cluster.run(
+            "status", "x", "--address", f"127.0.0.1:{free_port()}", expect=2
+        ).stderr  # fmt: skip
+
+    def test_no_such_run(self, cluster):
+        for ask in (cluster.outside, cluster.inside):
+            assert "no run 'nobody'" in ask("status", "nobody", "--json", expect=2).stderr
+        assert "no run 'nobody'" in cluster.outside("logs", "nobody", expect=2).stderr
+
+    def test_training_where_only_jobs_are_taken(self, cluster, tmp_path):
+        answer = cluster.run(
+            "train", "--preset", "debug", "--runs-dir", tmp_path, expect=2, RAY_ADDRESS=cluster.http
+        )
+        assert "or use `submit`" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["scale", "r"], "say what is to change"),
+        (["scale", "r", "--autoscale", "8:2"], "expected MIN:MAX"),
+        (["scale", "r", "--autoscale", "1:4", "--actors", "2"], "give one of them"),
+        (["submit", "--preset", "debug", "--name", "../up"], "run name '../up'"),
+        (["submit", "--preset", "debug", "--package", "folder"], "expected a wheel"),
+        (["submit", "--preset", "debug", "--resume", "auto"], "give it with --name"),
+        (["submit"], "exactly one of --preset"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_any_cluster_is_asked(arguments, message):
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_address_is_the_one_given_else_the_one_that_rays_tools_read(monkeypatch):
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert cluster_address(None) is None
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert cluster_address(None) == "10.0.0.1:6379"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://10.0.0.1:8265/")
+    assert cluster_address(None) == "http://10.0.0.1:8265"
+    assert cluster_address("auto") == "auto"
+    assert is_http("https://x") and not is_http("auto") and not is_http(None)
+
+
+def test_a_jobs_command_is_quoted():
+    assert entrypoint(["train", "--set", "a.b={c: 1}"]).endswith("train --set 'a.b={c: 1}'")
+
+
+def test_the_answer_is_the_last_json_line_among_rays_own():
+    assert last_json('2026 INFO\n{"state": 1}\n{"state": 2}\n{broken\nbye') == {"state": 2}
+    with pytest.raises(ClusterError, match="can't be read"):
+        last_json("nothing")
+
+
+def test_a_failed_commands_last_error_is_what_it_said():
+    assert last_error("Running\nerror: first\nerror: no run\n  two lines\n") == "no run\n  two lines"
+    assert last_error("Traceback\nboom") == "Traceback\nboom"
+    assert "printed nothing" in last_error("\n")
+
+
+def make_wheel(folder: Path) -> Path:
+    """A package with the environment `coin`, as a build backend would pack it."""
+    wheel = folder / "coins-1.0-py3-none-any.whl"
+    info = "coins-1.0.dist-info"
+    files = {
+        "coins.py": COIN,
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: coins\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/entry_points.txt": "[distributed_muzero.environments]\ncoin = coins:make_coin\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return wheel
