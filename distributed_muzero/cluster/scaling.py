@@ -13,7 +13,8 @@ from distributed_muzero.workers.run_state import Crew, Waiting
 
 MEASURE_SECONDS = 15.0  # of the learner's time, before each decision
 TOLERATED = 0.1  # share of its time that a side may wait
-LARGEST_STEP = 2.0  # times as many actors, or as few
+SPARE = 0.05  # more actors than would just do: it is they that should wait a little, rather than the learner
+LARGEST_STEP = 2  # times as many actors, or as few
 
 
 def desired_actors(num_actors: int, waiting: Waiting, limits: tuple[int, int]) -> int:
@@ -22,14 +23,18 @@ def desired_actors(num_actors: int, waiting: Waiting, limits: tuple[int, int]) -
     num_actors: at work meanwhile.   Where the learner waits a share w, it could learn from 1 / (1 − w) times as many;
     where the actors wait a share w, (1 − w) as many would play as much. If both wait, something else is too slow (a
     shard, the network), and another number of actors is no help.
+
+    The number stays once it is found: measured with as many actors, neither side waits so long that it would become
+    another, unless their speeds change by more than what is tolerated.
     """
     starving, idle = waiting.learner_share > TOLERATED, waiting.actor_share > TOLERATED
     wanted = num_actors
     if starving and not idle:
-        wanted = math.ceil(num_actors * min(1 / max(1 - waiting.learner_share, 0.01), LARGEST_STEP))
+        enough = math.ceil(num_actors / max(1 - waiting.learner_share, 0.01))
+        wanted = min(enough, num_actors * LARGEST_STEP)
     elif idle and not starving:
-        # One more than would do: it is the actors that should wait a little, rather than the learner.
-        wanted = min(num_actors, math.ceil(num_actors * max(1 - waiting.actor_share, 1 / LARGEST_STEP)) + 1)
+        enough = math.ceil(num_actors * (1 - waiting.actor_share) * (1 + SPARE))
+        wanted = min(max(enough, num_actors // LARGEST_STEP), num_actors)
     return min(max(wanted, limits[0]), limits[1])
 
 

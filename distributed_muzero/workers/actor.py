@@ -127,7 +127,9 @@ class Actor:
             report.simulations += num_games * num_simulations
             if len(outbox) >= FLUSH_EPISODES:
                 outbox.flush(report)
-        outbox.flush(report)
+        if not outbox.is_blocked:
+            # Else it has just asked in vain, and a shard that hangs would take as long to give no answer once more.
+            outbox.flush(report)
         report.seconds = clock() - start
         return report
 

@@ -144,6 +144,23 @@ def test_with_no_shard_in_reach_an_actor_waits_and_holds_a_bounded_number_of_epi
     actor.close()
 
 
+def test_a_shard_that_hangs_delays_an_actors_report_by_one_timeout_only():
+    """Its driver would take it for hung as well, and replace it."""
+    builder = make_builder("chain")
+    actor = builder.actor(0, 0)
+    actor.set_weights(0, some_weights(builder), 0)
+    now = 0.0
+
+    def hangs(offers):
+        nonlocal now
+        now += 20.0
+        return {}
+
+    report = actor.play(Outbox(hangs, 1, 64), lambda: now >= 0.25, lambda seconds: None, lambda: now)
+    assert now == report.seconds == 20.0
+    actor.close()
+
+
 def evaluate(builder, seeds, weights_seed=1, **options):
     evaluator = builder.evaluator()
     evaluator.set_weights(0, some_weights(builder, weights_seed))
