@@ -140,7 +140,7 @@ def watched(
     try:
         with joined(where):
             while True:
-                found = run_status(run, runs_dir)
+                found = run_status(run, runs_dir, where)
                 yield found
                 if not watch or found["state"] not in (*GOING_ON, "starting"):
                     return

@@ -47,16 +47,17 @@ def names_going_on() -> list[str]:
     return sorted(actor["name"] for actor in actors if actor["namespace"] == NAMESPACE)
 
 
-def run_status(run: str | None, runs_dir: Path | str) -> dict[str, Any]:
+def run_status(run: str | None, runs_dir: Path | str, address: str | None) -> dict[str, Any]:
     """A run's status as the run itself tells it; of one that has ended, what its folder and its job tell.
 
-    run: without a name, the only run that goes on, or the newest. Raises RunError if there is none.
+    run: without a name, the only run that goes on, or the newest.   address: of the cluster that was joined. Raises
+    RunError if there is no such run.
     """
-    run = run or _only_run()
+    run = run or _only_run(address)
     if run in names_going_on():
         with suppress(RunError):  # it may end just now
             return _ask(run, "get_status") or {"run": run, "state": "starting"}
-    job = Jobs(None).find(run)
+    job = Jobs(address).find(run)
     status: dict[str, Any] = {}
     with suppress(RunError):
         status = open_run(run, job.runs_dir or runs_dir).read_status() or {}
@@ -73,13 +74,13 @@ def change(run: str, **wishes: Any) -> Desired:
     return Desired(*_ask(run, "set_desired", **wishes))
 
 
-def _only_run() -> str:
+def _only_run(address: str | None) -> str:
     names = names_going_on()
     if len(names) > 1:
         raise RunError(f"several runs are going on: {', '.join(names)}; name one")
     if names:
         return names[0]
-    jobs = Jobs(None).runs()
+    jobs = Jobs(address).runs()
     if not jobs:
         raise RunError("the cluster has no runs yet; submit one")
     return jobs[0].run
