@@ -51,7 +51,7 @@ RECOVERY_BYTES_PER_SECOND = 10e6  # of its log, at least
 
 
 class Published(NamedTuple):
-    """The newest weights: one vector in the object store, owned by the driver, so it outlives the learner."""
+    """The newest weights: one vector that the driver owns and has on its node, so that it outlives the learner."""
 
     version: int
     learner_steps: int
@@ -172,7 +172,8 @@ class Driver:
         self._shard_handles = [role.handle for role in self.shards]
         self.gpu_share = gpu_share(config, int(ray.cluster_resources().get("GPU", 0)))
         on_gpu = {"num_gpus": self.gpu_share}
-        learner_options = on_gpu if self.gpu_share and config.learner.device != "cpu" else beside_driver()
+        self.learner_is_elsewhere = self.gpu_share > 0 and config.learner.device != "cpu"
+        learner_options = on_gpu if self.learner_is_elsewhere else beside_driver()
         self.learner = Role(
             "learner",
             lambda: LearnerWorker.options(**learner_options).remote(config, name, self._shard_handles),
@@ -353,9 +354,20 @@ class Driver:
         self.book.add_learner_report(report)
         if report.metrics:  # else it found no batches, and has yet to show that it can learn
             self.learner.has_worked(time.monotonic())
-        if self.published is None or report.weights_version > self.published.version:
+        if self.learner_is_elsewhere and self._is_newer(report):
+            on_result = partial(self._on_weights, report)
+            self._call(self.learner, weights, on_result, shows_work=False)
+        elif self._is_newer(report):
             self.published = Published(report.weights_version, report.learner_steps, weights)
         self._train()
+
+    def _is_newer(self, report: LearnerReport) -> bool:
+        return self.published is None or report.weights_version > self.published.version
+
+    def _on_weights(self, report: LearnerReport, weights: Any) -> None:
+        """Copies them to the driver's node: what lies on the learner's alone would be lost with it."""
+        if self._is_newer(report):
+            self.published = Published(report.weights_version, report.learner_steps, ray.put(weights))
 
     def _on_learner_state(self, answer: Any) -> None:
         (arrays, state), weights = answer
@@ -436,9 +448,13 @@ class Driver:
             self.leaving.remove(role)
             ray.kill(role.handle)
             return
-        self._num_restarts["actor" if role in self.actors else "other"] += 1
-        role.has_failed(error, time.monotonic())
-        self._tell_lost(role, error)
+        if role.is_ready or not lost_its_node(error):  # else it never ran, and goes on waiting for a place
+            self._num_restarts["actor" if role in self.actors else "other"] += 1
+            self._tell_lost(role, error)
+        if lost_its_node(error):
+            role.has_lost_its_node()
+        else:
+            role.has_failed(error, time.monotonic())
         ray.kill(role.handle)
         if role is self.evaluator:
             self._is_evaluating = False
@@ -528,6 +544,11 @@ class Driver:
             self.book.add_evaluation(ray.get(call), path, state["learner_steps"])
         except RayError as error:
             self.book.progress.message(f"the last checkpoint could not be evaluated: {error}")
+
+
+def lost_its_node(error: BaseException) -> bool:
+    """Whether a process is gone with its node, or was to start on one that is. The text is all that Ray tells."""
+    return isinstance(error, RayActorError) and (error.preempted or "its node has died" in str(error))
 
 
 def make_control(run_name: str, desired: Desired, may_exist: bool = False) -> Any:

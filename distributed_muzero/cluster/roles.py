@@ -48,6 +48,10 @@ class Role:
         self.working_since = now if self.working_since is None else self.working_since
         self.lost_at = None
 
+    def has_lost_its_node(self) -> None:
+        """No failure of its own."""
+        self.working_since = self.weights_version = None
+
     def has_failed(self, error: BaseException, now: float) -> None:
         """Raises RunError after too many failures with little work between them."""
         if self.working_since is not None and now - self.working_since > STEADY_SECONDS:
