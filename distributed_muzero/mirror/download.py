@@ -1,0 +1,92 @@
+"""Copies at a URI that are read: the runs there, one run's files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from distributed_muzero.errors import RunError
+from distributed_muzero.files import sync_folder
+from distributed_muzero.mirror.plan import Unsteady, download_order, is_copied
+from distributed_muzero.mirror.remote import Remote, RemoteError
+from distributed_muzero.mirror.uri import shown
+
+MAX_TRIES = 5
+
+
+def names_at(uri: str) -> list[str]:
+    """The runs whose copies lie at a runs folder's URI, in alphabetical order. Raises RunError."""
+    try:
+        remote = Remote(uri)
+        names = remote.folders()
+        configs = remote.existing(*(f"{name}/config.yaml" for name in names)) if names else []
+    except RemoteError as error:
+        raise RunError(str(error)) from None
+    return sorted(path.partition("/")[0] for path in configs)
+
+
+def fetch(uri: str, local: Path, exclude: Collection[str] = ()) -> Path:
+    """Makes `local` what the run at the URI is now, to be read; `exclude`: folders that aren't needed (`replay`).
+
+    Takes nothing over, so that the run may go on meanwhile. A kill leaves the old content or none. Raises RunError:
+    no run there, the store refuses, the disk refuses.
+    """
+    fetched = local.with_name(f".{local.name}.fetching-{os.getpid()}")
+    try:
+        remote = Remote(uri)
+        shutil.rmtree(fetched, ignore_errors=True)
+        if not download(remote, fetched, exclude):
+            raise RunError(f"no run at {shown(uri)}: nothing lies there; check the run's name and the URI")
+        old = local.with_name(f".{local.name}.old-{os.getpid()}")
+        with suppress(FileNotFoundError):
+            local.rename(old)
+        fetched.rename(local)
+        shutil.rmtree(old, ignore_errors=True)
+        sync_folder(local.parent)
+    except RemoteError as error:
+        raise RunError(str(error)) from None
+    except Unsteady as error:
+        raise RunError(f"can't fetch {shown(uri)}: {error}; try again") from None
+    except OSError as error:
+        raise RunError(
+            f"can't fetch {shown(uri)} into {local}: {error}; make room or choose another folder"
+        ) from None
+    finally:
+        shutil.rmtree(fetched, ignore_errors=True)
+    return local
+
+
+def download(remote: Remote, folder: Path, exclude: Collection[str] = ()) -> list[str]:
+    """Copies what is there into a folder, durably; returns the names.
+
+    Raises RemoteError, OSError, and Unsteady if what is there goes on changing.
+    """
+    for _ in range(MAX_TRIES):
+        folder.mkdir(parents=True, exist_ok=True)
+        names = sorted(remote_files(remote, exclude), key=download_order)
+        if all(_download_one(remote, name, folder / name) for name in names):
+            _sync_folders(folder, names)
+            return names
+        shutil.rmtree(folder)
+    raise Unsteady("what is there goes on changing while it is read")
+
+
+def remote_files(remote: Remote, exclude: Collection[str] = ()) -> dict[str, int]:
+    """Bytes by name of the files that a copy is made of."""
+    found = remote.files()
+    if strange := [name for name in found if {"", ".", ".."} & set(name.split("/"))]:
+        raise RemoteError(f"{shown(remote.uri)} holds {strange[0]!r}: no run has such a file; remove it")
+    return {name: num_bytes for name, num_bytes in found.items() if is_copied(name, exclude)}
+
+
+def _download_one(remote: Remote, name: str, path: Path) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return remote.download(name, path)
+
+
+def _sync_folders(folder: Path, names: Iterable[str]) -> None:
+    for parent in {path for name in names for path in (folder / name).parents if path.is_relative_to(folder)}:
+        sync_folder(parent)

@@ -1,0 +1,110 @@
+"""What of a run's folder is copied, and in which order, so that the copy can be used at every moment.
+
+- A checkpoint's DONE goes after its other files and comes off before them; best.json goes after the checkpoints.
+- A shard's journal is looked at before its episodes and copied after them. So the copy's journal never speaks of
+  episodes that the copy lacks, and episodes that it doesn't speak of yet are found in their log.
+- What is gone here is removed there last, when the journal says so there too. A file that goes while it is copied
+  is one more change: the copy begins again with what is there now.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+LOCK = "lock"
+MAX_LOOKS = 10
+
+
+class Stamp(NamedTuple):
+    """How a file looked; it changed if any of these did."""
+
+    num_bytes: int
+    changed_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+class Unsteady(Exception):
+    """The folder changes faster than it can be looked at or copied."""
+
+
+def is_copied(name: str, exclude: Collection[str] = ()) -> bool:
+    """Locks and hidden files stay where they are, and so does what lies in the excluded folders."""
+    parts = PurePosixPath(name).parts
+    return parts[0] not in exclude and parts[-1] != LOCK and not any(part[0] == "." for part in parts)
+
+
+def look(folder: Path, exclude: Collection[str] = ()) -> dict[str, Stamp]:
+    """The files below a folder that are to be copied; none of them went meanwhile. Raises Unsteady, OSError."""
+    for _ in range(MAX_LOOKS):
+        before = _look_once(folder, exclude)
+        now = _look_once(folder, exclude)
+        if before.keys() <= now.keys():
+            return now
+    raise Unsteady(f"files in {folder} come and go too fast")
+
+
+def _look_once(folder: Path, exclude: Collection[str], prefix: str = "") -> dict[str, Stamp]:
+    found, folders = {}, []
+    with os.scandir(folder) as entries:
+        listed = [entry for entry in entries if is_copied(prefix + entry.name, exclude)]
+    for entry in listed:
+        if entry.is_dir(follow_symlinks=False):
+            folders.append(entry.name)
+        elif entry.is_file():
+            try:
+                found[prefix + entry.name] = Stamp.of(os.stat(entry.path))
+            except FileNotFoundError:
+                continue
+    for name in sorted(folders, key=lambda name: name != "journal"):
+        try:
+            found.update(_look_once(folder / name, exclude, f"{prefix}{name}/"))
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def stage(name: str) -> int:
+    """All files of a stage are copied before the first of the next."""
+    path = PurePosixPath(name)
+    return 1 if path.name == "best.json" or path.parent.name == "journal" else 0
+
+
+def upload_order(name: str) -> tuple[int, str, bool, str]:
+    path = PurePosixPath(name)
+    return stage(name), str(path.parent), path.name == "DONE", path.name
+
+
+def removal_order(name: str) -> tuple[bool, str]:
+    return PurePosixPath(name).name != "DONE", name
+
+
+def download_order(name: str) -> tuple[int, str]:
+    """The other way round: what the journal speaks of is there when the episodes' turn comes."""
+    return -stage(name), name
+
+
+def may_be_newer(name: str) -> bool:
+    """Whether a file that is replaced at once may be copied as it is by now: nothing that is copied hangs on it."""
+    return stage(name) == 0 and checkpoint_of(name) is None
+
+
+def is_record(name: str) -> bool:
+    """Only ever looked at by people: what is lost of it, nobody misses."""
+    return name == "metrics.jsonl" or name.startswith("tensorboard/")
+
+
+def checkpoint_of(name: str) -> str | None:
+    """The checkpoint's folder that a file lies in."""
+    folder = PurePosixPath(name).parent
+    return str(folder) if folder.name.startswith("step_") and "." not in folder.name else None
+
+
+def folders_of(names: Iterable[str]) -> set[str]:
+    return {str(parent) for name in names for parent in PurePosixPath(name).parents}
