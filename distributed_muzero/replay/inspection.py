@@ -45,15 +45,20 @@ class Held(NamedTuple):
         return self.shard, self.key
 
 
+def shard_numbers(replay: Path) -> list[int]:
+    """Of the shards under a run's replay folder, in order; empty where there is none."""
+    names = (re.fullmatch(r"shard_(\d+)", path.name) for path in replay.glob("shard_*"))
+    return sorted(int(match[1]) for match in names if match)
+
+
 def shard_folders(replay: Path) -> dict[int, Path]:
     """The shards under a run's replay folder, by number. Raises RunError where there is none."""
-    numbers = (re.fullmatch(r"shard_(\d+)", path.name) for path in replay.glob("shard_*"))
-    found = {int(match[1]): replay / match[0] for match in numbers if match}
+    found = {number: replay / f"shard_{number}" for number in shard_numbers(replay)}
     if not found:
         raise RunError(
             f"{replay} holds no replay shards; a run makes them when it begins to play, and old versions kept none"
         )
-    return dict(sorted(found.items()))
+    return found
 
 
 def read_journal(shard: Path) -> Journal:
@@ -148,12 +153,12 @@ def replay_stats(replay: Path) -> dict[str, Any]:
                 "shard": index,
                 **_summary(held),
                 "log_bytes": folder_bytes(shard),
-                **_counters(journal.state),
+                **counters(journal.state),
                 "damage": asdict(_sum(damage, journal.damage)),
             }
         )
     total = _summary(sorted(everything))
-    for name in ("log_bytes", *_counters({})):
+    for name in ("log_bytes", *counters({})):
         if name != "rejected":
             total[name] = sum(shard[name] for shard in shards)
     total["rejected"] = dict(sum((Counter(shard["rejected"]) for shard in shards), Counter()))
@@ -183,7 +188,7 @@ def _summary(held: list[Held]) -> dict[str, Any]:
     }
 
 
-def _counters(state: dict[str, Any]) -> dict[str, Any]:
+def counters(state: dict[str, Any]) -> dict[str, Any]:
     """As of the last state that the shard wrote."""
     limiter = state.get("limiter", {})
     return {
