@@ -61,7 +61,7 @@ def test_bases_are_rays_images_of_our_version():
     assert bases.pop() == "${DEVICE}"
     tags = {f"rayproject/ray:{ray.__version__}-py311-{device}" for device in ("cpu", "gpu")}
     assert set(bases) == tags
-    assert instructions("ARG") == ["DEVICE=cpu"]
+    assert instructions("ARG") == ["DEVICE=cpu", "TORCH_INDEX"]
 
 
 def test_the_user_is_no_root_and_named_by_number():
@@ -72,7 +72,7 @@ def test_the_user_is_no_root_and_named_by_number():
 def test_torch_comes_first_and_installs_are_constrained_and_leave_no_cache():
     *torches, wheel, project = instructions("RUN")
     assert all(line.startswith("pip install ") and line.endswith(" torch") for line in torches)
-    assert ["whl/cpu" in line for line in torches] == [True, False]
+    assert ["TORCH_INDEX" in line for line in torches] == [True, False]
     assert all("--no-cache-dir" in line for line in [*torches, wheel, project])
     assert all("-c /tmp/constraints.txt" in line for line in [*torches, project])
     assert "--no-deps" in wheel
