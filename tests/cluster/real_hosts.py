@@ -62,8 +62,8 @@ def play() -> int:
         story = Story(Path(folder))
         try:
             story.tell()
-        except (AssertionError, subprocess.TimeoutExpired) as broken:
-            print(f"\nBROKEN: {broken}", flush=True)
+        except Exception as broken:
+            print(f"\nBROKEN ({type(broken).__name__}): {broken}", flush=True)
             story.show_logs()
             return 1
         print(f"\nMeasured, on {psutil.cpu_count()} cores in all:")
@@ -106,7 +106,7 @@ class Story:
         self.operator.run("ray", "exec", *PLAIN, self.cluster, "ray status", last=20)
 
     def submit(self) -> None:
-        # The dashboard of the shipped file is reached like this, and only like this.
+        # As shipped, the head's dashboard listens to itself alone, and this tunnel is the way to it.
         with self.operator.meanwhile("ray", "dashboard", self.cluster):
             wait_for("the tunnel", lambda: is_open("127.0.0.1", 8265), 30)
             runs = self.operator.run("distributed-muzero", "runs", "--address", "http://127.0.0.1:8265")
@@ -134,7 +134,7 @@ class Story:
         self.measured["  and to the first episodes of both new ones"] = time.monotonic() - begun
         self.until("more learner steps", lambda now: now["learner_steps"] > before)
         told = self.operator.run("distributed-muzero", "status", RUN, "--json")
-        now = json.loads(told)
+        now = json.loads(told.splitlines()[-1])
         assert now["run"] == RUN and now["state"] == "running", told
         assert counts(now, desired=4, live=4, pending=0, draining=0), told
 
