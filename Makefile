@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: setup train test faults check bench format clean
+.PHONY: setup train test faults hosts check bench format clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and f"Python 3.11 or 3.12 is needed, {sys.executable} is {sys.version.split()[0]}; set PYTHON=…")'
@@ -27,6 +27,10 @@ test: $(VENV)/.test
 
 faults: $(VENV)/.test
 	$(BIN)/python -m pytest -m faults
+
+# Three hosts out of namespaces, ray up to ray down: needs root, sshd, rsync, iproute2
+hosts: $(VENV)/.test
+	$(BIN)/python -m tests.cluster.real_hosts
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -138,7 +138,7 @@ def test_what_is_copied_is_there(path):
     for remote, local in load(path)["file_mounts"].items():
         if local.startswith("./"):
             assert (ROOT / local).exists()
-            assert remote == "~/distributed_muzero/" + local.removeprefix("./")
+            assert remote == "~/muzero/" + local.removeprefix("./")
 
 
 @every_file
