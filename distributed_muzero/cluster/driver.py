@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from distributed_muzero import checkpoint
 from distributed_muzero.cluster.placement import beside_driver, gpu_share, shard_options
@@ -47,6 +47,7 @@ STOP_DRAIN_SECONDS = 6.0  # for the actors' last games when the run ends
 STOP_SECONDS = 15.0  # for flushing shards and fetching the learner's state when the run ends
 LEAVE_SECONDS = 600.0  # for an actor's last games, while the limiter holds them back
 SHARD_RESTART_SECONDS = 60.0  # Ray's restart of a shard's process
+MAX_DOUBTS = 3  # answers of a process that are lost one after the other, before it is taken for lost itself
 RECOVERY_BYTES_PER_SECOND = 10e6  # of its log, at least
 
 
@@ -210,6 +211,11 @@ class Driver:
         self._call(role, begun, self._on_begun, shows_work=False)
         if published is None:
             self._call(role, handle.weights.remote(), self._on_first_weights, shows_work=False)
+        self._learn(role)
+
+    def _learn(self, role: Role) -> None:
+        assert role is self.learner
+        self._state_is_asked = False
         for _ in range(LEARNER_CALLS_IN_FLIGHT):
             self._train()
 
@@ -444,6 +450,8 @@ class Driver:
         if role in self.shards:
             self._await_shard(role, error)
             return
+        if isinstance(error, ActorUnavailableError) and self._goes_on(role):
+            return
         if role in self.leaving:
             self.leaving.remove(role)
             ray.kill(role.handle)
@@ -467,6 +475,33 @@ class Driver:
             role.handle = make_control(self.run_name, self.desired, may_exist=True)
         elif role is not self.evaluator:
             self._start(role, self._play if role in self.actors else self._reanalyse)
+
+    def _work_of(self, role: Role) -> Callable[[Role], object] | None:
+        """What a process that has begun is asked for, again and again; None for those that only answer."""
+        if role in self.leaving:
+            return self._drain
+        if role in self.actors and role.is_ready:
+            return self._play
+        if role in self.reanalysers and role.is_ready:
+            return self._reanalyse
+        if role is self.learner and self._learner_has_begun and self.published is not None:
+            return self._learn
+        return None
+
+    def _goes_on(self, role: Role) -> bool:
+        """An answer was lost, perhaps nothing else: a process that answers a next call goes on with what it has."""
+        if role is self.control:
+            return True  # and is asked again before long
+        work = self._work_of(role)
+        if work is None or role.num_doubts == MAX_DOUBTS:
+            return False
+        role.num_doubts += 1
+        self._call(role, role.handle.ready.remote(), lambda _: self._trust(role, work), shows_work=False)
+        return True
+
+    def _trust(self, role: Role, work: Callable[[Role], object]) -> None:
+        role.num_doubts = 0
+        work(role)
 
     def _await_shard(self, role: Role, error: BaseException) -> None:
         """Ray restarts a shard under the same handle, which actors and learner hold; a hung one has to die first."""

@@ -25,6 +25,7 @@ class Role:
     num_starts: int = 0
     pending_since: float = math.inf
     is_ready: bool = False  # its process is there; before, it waits for a node that has room, or starts
+    num_doubts: int = 0  # its answers that were lost since the last one that came
     failures_in_a_row: int = 0
     working_since: float | None = None  # this incarnation
     weights_version: int | None = None  # that an actor played with last
@@ -34,6 +35,7 @@ class Role:
     def start(self) -> None:
         self.handle = self.make()
         self.is_ready = False
+        self.num_doubts = 0
         self.pending_since = time.monotonic()
         self.num_starts += 1
 

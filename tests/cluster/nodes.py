@@ -113,8 +113,10 @@ class Name(NamedTuple):
 class ClusterRun:
     """A run that `distributed-muzero train` started; the tests' view of it."""
 
-    def __init__(self, nodes: Nodes, runs_dir: Path, *options: object):
-        """It is called as its folder is, and so as no other test's."""
+    def __init__(
+        self, nodes: Nodes, runs_dir: Path, *options: object, environment: dict[str, str] | None = None
+    ):
+        """It is called as its folder is, and so as no other test's.   environment: variables for its driver."""
         self.name = runs_dir.name
         self.path = runs_dir / self.name
         self._errors = runs_dir / "stderr.txt"
@@ -124,7 +126,12 @@ class ClusterRun:
                 command("train", *arguments),
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
-                env={**os.environ, **nodes.environment, "RAY_ADDRESS": nodes.cluster.address},
+                env={
+                    **os.environ,
+                    **nodes.environment,
+                    "RAY_ADDRESS": nodes.cluster.address,
+                    **(environment or {}),
+                },
             )
 
     @property
@@ -229,9 +236,11 @@ class ClusterRun:
 
 
 @contextmanager
-def run_in(nodes: Nodes, runs_dir: Path, *options: object) -> Iterator[ClusterRun]:
+def run_in(
+    nodes: Nodes, runs_dir: Path, *options: object, environment: dict[str, str] | None = None
+) -> Iterator[ClusterRun]:
     """A run that learns. However the test ends, the run and its processes are gone afterwards."""
-    run = ClusterRun(nodes, runs_dir, *options)
+    run = ClusterRun(nodes, runs_dir, *options, environment=environment)
     try:
         run.begin()
         yield run
