@@ -167,7 +167,8 @@ def test_from_anywhere_it_finds_a_number_that_starves_nobody_and_stays(
     numbers = grow(run, first, limits, minutes=60)
     assert set(numbers) <= set(range(limits[0], limits[1] + 1))
     last = numbers[-1]
-    assert set(numbers[len(numbers) // 2 :]) == {last}, "it hasn't settled"
+    # Noise may show at last that a few actors too many are tolerated; nothing leads back from there.
+    assert len(set(numbers[len(numbers) // 2 :])) <= (2 if noise else 1), "it hasn't settled"
     # It turns once at most, where new actors were counted before they had an effect.
     directions = [np.sign(after - before) for before, after in pairwise(numbers) if after != before]
     assert sum(one != other for one, other in pairwise(directions)) <= 1
