@@ -14,8 +14,8 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,12 @@ class RunFolder:
 
     path: Path  # absolute
     config: Config
+    uri: str | None = None  # where a copy of it is kept
+
+    @property
+    def place(self) -> str:
+        """Where people find it."""
+        return str(self.path) if self.uri is None else self.uri.partition("?")[0]
 
     @property
     def name(self) -> str:
@@ -96,29 +102,20 @@ class RunFolder:
     def datasets_file(self) -> Path:
         return self.path / "datasets.json"
 
-    @property
-    def lock_file(self) -> Path:
-        return self.path / "lock"
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Keeps other processes from going on with this run. Raises RunError if one does."""
-        with self.lock_file.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunError(
-                    f"run {self.name!r} is going on in another process; stop that one first, or wait for its end"
-                ) from None
-            yield
+        return locked(self.path)
 
-    def begin_launch(self) -> Launch:
-        """Counts the starts of the run, durably. One of a version that didn't count them has its checkpoints."""
+    def begin_launch(self, unknown_versions: int = 0) -> Launch:
+        """Counts the starts of the run, durably. One of a version that didn't count them has its checkpoints.
+
+        unknown_versions: that may have been given out, besides those that are written down.
+        """
         try:
             known = json.loads(self.launches_file.read_text()) if self.launches_file.exists() else {}
             launch = Launch(
                 int(known.get("launches", any(self.checkpoints.glob("step_*")))),
-                int(known.get("versions", 0)),
+                int(known.get("versions", 0)) + unknown_versions,
             )
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise RunError(
@@ -145,7 +142,13 @@ class RunFolder:
                         f"{section}.{key} of run {self.name!r} is {getattr(before, key)!r} and can't become "
                         f"{getattr(after, key)!r}: its weights and episodes depend on it; start a new run with it"
                     )
-        return RunFolder(self.path, config)
+        num_shards = self.config.replay.num_shards
+        if self.uri is not None and config.replay.num_shards != num_shards:
+            raise RunError(
+                f"run {self.name!r} has {num_shards} replay shards and can't have {config.replay.num_shards}: shards "
+                "can't be laid out anew in a runs folder at a URI; start a new run with so many"
+            )
+        return replace(self, config=config)
 
     def write_config(self) -> None:
         try:
@@ -205,6 +208,19 @@ class RunFolder:
         return status
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other processes from going on with the run in this folder. Raises RunError if one does."""
+    with (path / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                f"run {path.name!r} is going on in another process; stop that one first, or wait for its end"
+            ) from None
+        yield
+
+
 def check_name(name: str) -> None:
     """Raises RunError for a name that no run may have."""
     if not NAME.fullmatch(name):
@@ -256,7 +272,7 @@ def open_run(run: Path | str, runs_dir: Path | str = "runs") -> RunFolder:
     elif (Path(text) / "config.yaml").is_file() or (Path(text) / "checkpoints").is_dir():
         path = Path(text).resolve()
     else:
-        raise RunError(_missing(text, root))
+        raise no_such_run(text, root, run_names(root))
     return RunFolder(path, _read_config(path / "config.yaml"))
 
 
@@ -307,11 +323,15 @@ def _read_config(path: Path) -> Config:
         raise RunError(f"the run's {path} doesn't fit this version: {error}") from None
 
 
-def _missing(run: str, root: Path) -> str:
-    names = run_names(root)
+def no_such_run(run: str, place: Path | str, names: Sequence[str], order: str = "newest first") -> RunError:
+    """The error for a run that isn't among those of a runs folder."""
     if not names:
-        return f"no run {run!r}: {root} holds no runs yet; name another --runs-dir, or a run's folder"
+        return RunError(
+            f"no run {run!r}: {place} holds no runs yet; name another --runs-dir, or a run's folder"
+        )
     close = difflib.get_close_matches(run, names, n=1, cutoff=0.5)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return f"no run {run!r} in {root}{hint}. Runs there, newest first: {', '.join(names[:MAX_LISTED])}{more}"
+    return RunError(
+        f"no run {run!r} in {place}{hint}. Runs there, {order}: {', '.join(names[:MAX_LISTED])}{more}"
+    )

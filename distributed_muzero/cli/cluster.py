@@ -99,7 +99,7 @@ def status(
     address: Address = None,
     watch: Annotated[bool, typer.Option("--watch", help="Again and again, until the run has ended.")] = False,
     as_json: Json = False,
-    runs_dir: options.RunsDir = Path("runs"),
+    runs_dir: options.RunsDir = options.RUNS,
     watch_seconds: Annotated[float | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """How a run stands: in a cluster, or, where there is none, in the runs folder here."""
@@ -114,7 +114,7 @@ def status(
 
 
 def watched(
-    run: str | None, address: str | None, runs_dir: Path, watch: bool, watch_seconds: float | None
+    run: str | None, address: str | None, runs_dir: str, watch: bool, watch_seconds: float | None
 ) -> Iterator[dict[str, Any]]:
     """The run's status; with `watch`, every two seconds until the run, or the time, is over."""
     from distributed_muzero.cluster.jobs import GOING_ON, Jobs, cluster_address, is_http, last_json
@@ -154,24 +154,25 @@ def watched(
 
 
 def _of_a_folder(
-    run: str | None, runs_dir: Path, watch: bool, error: ClusterError
+    run: str | None, runs_dir: str, watch: bool, error: ClusterError
 ) -> Iterator[dict[str, Any]]:
     """Of a run of `train` on this machine."""
-    from distributed_muzero.run_folder import open_run, run_names
+    from distributed_muzero.workers.runs import current_status, names_in
 
-    names = run_names(runs_dir)
+    names = names_in(runs_dir)
     if not names and run is None:
         raise RunError(f"{runs_dir} holds no runs, and {error}")
+    chosen = run or names[0]
     try:
-        folder = open_run(run or names[0], runs_dir)
+        found = current_status(chosen, runs_dir)
     except RunError as missing:
         raise RunError(f"{missing}; and {error}") from None
     while True:
-        found = folder.current_status()
         yield found
         if not watch or found["state"] not in ("running", "starting"):
             return
         time.sleep(WATCH_SECONDS)
+        found = current_status(chosen, runs_dir)
 
 
 def logs(
@@ -288,11 +289,11 @@ def stop(
     print(f"run {run} has {state}")
 
 
-def runs(address: Address = None, runs_dir: options.RunsDir = Path("runs"), as_json: Json = False) -> None:
+def runs(address: Address = None, runs_dir: options.RunsDir = options.RUNS, as_json: Json = False) -> None:
     """The runs of a cluster, newest first; or, where there is none, those in the runs folder here."""
     from distributed_muzero.cli.status_view import show_runs
     from distributed_muzero.cluster.jobs import Jobs, cluster_address
-    from distributed_muzero.run_folder import open_run, run_names
+    from distributed_muzero.workers.runs import current_status, names_in
 
     try:
         found = [job.summary() for job in Jobs(address).runs()]
@@ -301,8 +302,7 @@ def runs(address: Address = None, runs_dir: options.RunsDir = Path("runs"), as_j
             raise
         _tell(f"no cluster on this machine; the runs in {runs_dir}:")
         found = [
-            {"run": name, "state": open_run(name, runs_dir).current_status()["state"]}
-            for name in run_names(runs_dir)
+            {"run": name, "state": current_status(name, runs_dir)["state"]} for name in names_in(runs_dir)
         ]
     if as_json:
         for line in found:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,17 +15,18 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(help="A run's name, or the path of its folder.")],
+    run: Annotated[str, typer.Argument(help="A run's name, or the path or URI of its folder.")],
     episodes: Annotated[int, typer.Option(min=1, help="Games to play.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Where the games' starts come from.")] = 10_000,
     simulations: Annotated[int | None, typer.Option(min=1, help="In place of the run's own.")] = None,
-    runs_dir: options.RunsDir = Path("runs"),
+    runs_dir: options.RunsDir = options.RUNS,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
 ) -> None:
     """Play games with a run's best checkpoint: greedy, without noise, in environments of its own."""
-    from distributed_muzero.run_folder import open_run
+    from distributed_muzero.workers.runs import open_to_read
 
-    result = evaluate_run(open_run(run, runs_dir), episodes, (seed,), simulations)
+    folder = open_to_read(run, runs_dir, exclude=("replay",))
+    result = evaluate_run(folder, episodes, (seed,), simulations)
     if as_json:
         print(json.dumps(result))
     else:

@@ -36,7 +36,12 @@ Preset = Annotated[str | None, typer.Option(help="A shipped preset; `config pres
 Env = Annotated[str | None, typer.Option(help="An environment's id with the default config; see `envs`.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="A YAML file of config sections.")]
 Name = Annotated[str | None, typer.Option(help="The run's name; made up when absent.")]
-RunsDir = Annotated[Path, typer.Option(help="The folder of all runs.", envvar=RUNS_DIR_VARIABLE)]
+# No Path: it would make s3:/ of s3://.
+RunsDir = Annotated[
+    str,
+    typer.Option(help="The folder of all runs: a path, or a URI (s3://…, gs://…).", envvar=RUNS_DIR_VARIABLE),
+]
+RUNS = "runs"
 Seed = Annotated[int | None, typer.Option(help="run.seed")]
 Actors = Annotated[int | None, typer.Option(help="actor.num_actors: actor processes.")]
 Autoscale = Annotated[
@@ -51,6 +56,12 @@ StopAtReturn = Annotated[float | None, typer.Option(help="Stop when an evaluatio
 Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")]
 ResumeOption = Annotated[
     Resume, typer.Option("--resume", help="auto: go on with the run if there is one of this name.")
+]
+TakeOver = Annotated[
+    bool,
+    typer.Option(
+        "--take-over", help="Of a run at a URI: also if it seems to go on elsewhere, which ends there then."
+    ),
 ]
 Offline = Annotated[
     list[str] | None,

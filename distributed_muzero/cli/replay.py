@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,10 +25,10 @@ app = typer.Typer(
     help="Look at the episodes that a run has stored, take them out, put others in.", no_args_is_help=True
 )
 
-Run = Annotated[str, typer.Argument(help="A run's name, or the path of its folder.")]
+Run = Annotated[str, typer.Argument(help="A run's name, or the path or URI of its folder.")]
 RunsDir = options.RunsDir
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")]
-RUNS = Path("runs")
+RUNS = options.RUNS
 
 
 @app.command()
@@ -113,13 +114,21 @@ def import_(
     """Put exported episodes into a run that isn't going on, as if it had played them. Each is stored once."""
     from distributed_muzero.replay.dataset import import_datasets
     from distributed_muzero.workers.builder import Builder
+    from distributed_muzero.workers.runs import opened, place_of
 
-    folder = _open(run, runs_dir)
-    # Nobody plays meanwhile, so the shards' limiters hold nothing back.
-    actor = folder.config.actor.model_copy(update={"num_actors": 0})
-    builder = Builder(folder.config.model_copy(update={"actor": actor}), folder.name)
-    print(f"importing {', '.join(map(str, datasets))} into {folder.replay}", file=sys.stderr)
-    counts = import_datasets(datasets, folder.replay, builder)
+    at_uri = place_of(run, runs_dir) is not None
+    # On this machine the shards' own locks keep a run that goes on from being written to.
+    importing = opened(run, runs_dir, _tell) if at_uri else nullcontext((_open(run, runs_dir), None))
+    with importing as (folder, copies):
+        # Nobody plays meanwhile, so the shards' limiters hold nothing back.
+        actor = folder.config.actor.model_copy(update={"num_actors": 0})
+        builder = Builder(folder.config.model_copy(update={"actor": actor}), folder.name)
+        if copies:
+            copies.claim_shards(folder.config.replay.num_shards)
+        _tell(f"importing {', '.join(map(str, datasets))} into {folder.replay}")
+        counts = import_datasets(datasets, folder.replay, builder)
+        if copies:
+            copies.push()
     if as_json:
         _print_json(counts._asdict())
         return
@@ -134,10 +143,14 @@ def import_(
 # What is found ------------------------------------------------------------------------------------------------
 
 
-def _open(run: str, runs_dir: Path) -> RunFolder:
-    from distributed_muzero.run_folder import open_run
+def _open(run: str, runs_dir: str) -> RunFolder:
+    from distributed_muzero.workers.runs import open_to_read
 
-    return open_run(run, runs_dir)
+    return open_to_read(run, runs_dir)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _spec_or_none(config: Config) -> EnvironmentSpec | None:

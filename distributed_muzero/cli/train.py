@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +18,12 @@ from distributed_muzero.errors import RunError, RunIsOver
 
 if TYPE_CHECKING:
     from distributed_muzero.run_folder import RunFolder
+    from distributed_muzero.workers.bookkeeper import Bookkeeper
+    from distributed_muzero.workers.run_state import Ending
+    from distributed_muzero.workers.runs import Opened
 
 FINAL_EVALUATION_STREAM = 10**12  # no evaluation during training used these seeds: theirs are learner steps
+RELOCATED_VERSIONS = 10**6  # of the weights: more than a launch gives out between two copies
 
 
 def train(
@@ -26,7 +31,7 @@ def train(
     env: options.Env = None,
     config: options.ConfigFile = None,
     name: options.Name = None,
-    runs_dir: options.RunsDir = Path("runs"),
+    runs_dir: options.RunsDir = options.RUNS,
     seed: options.Seed = None,
     actors: options.Actors = None,
     autoscale: options.Autoscale = None,
@@ -40,6 +45,7 @@ def train(
     in_process: Annotated[bool, typer.Option("--in-process", help="One process, without Ray.")] = False,
     resume: options.ResumeOption = options.Resume.never,
     offline: options.Offline = None,
+    take_over: options.TakeOver = False,
 ) -> None:
     """Train on an environment: one learner, shards, actors and an evaluator, until a limit is reached or Ctrl-C.
 
@@ -51,13 +57,20 @@ def train(
         max_minutes, stop_at_return, set_, resume, offline,
     )  # fmt: skip
     chosen = choices.make_config()
-    may_exist = resume is options.Resume.auto
-    run_training(chosen, name, runs_dir, in_process, may_exist, [Path(text) for text in offline or []])
+    datasets = [dataset_path(text) for text in offline or []]
+    if resume is not options.Resume.auto:
+        run_training(chosen, name, runs_dir, in_process, datasets)
+        return
+    assert name is not None
+    try:
+        run_training(chosen, name, runs_dir, in_process, datasets, may_exist=True, take_over=take_over)
+    except RunIsOver as over:
+        print(f"nothing is left to do: {over}")
 
 
 def resume(
     run: Annotated[str, typer.Argument(help="A run's name, or its folder.")],
-    runs_dir: options.RunsDir = Path("runs"),
+    runs_dir: options.RunsDir = options.RUNS,
     max_env_steps: Annotated[
         int | None, typer.Option(help="Of the whole run, earlier steps included.")
     ] = None,
@@ -72,9 +85,10 @@ def resume(
         list[str] | None, typer.Option("--set", help="section.key=value; null lifts a limit.")
     ] = None,
     in_process: Annotated[bool, typer.Option("--in-process", help="One process, without Ray.")] = False,
+    take_over: options.TakeOver = False,
 ) -> None:
     """Go on with a run that ended or was killed: weights, optimizer, stored episodes and counts are as they were."""
-    from distributed_muzero.run_folder import open_run
+    from distributed_muzero.workers.runs import opened
 
     changes: dict[str, dict[str, Any]] = {
         "run": {
@@ -86,80 +100,129 @@ def resume(
         "actor": {"num_actors": actors},
         "replay": {"num_shards": shards},
     }
-    folder = open_run(run, runs_dir)
     changed = options.given_only(changes)
-    config = make_config(folder.config.model_dump(), changed, parse_overrides(set_ or []))
-    train_in(folder, config, in_process)
+
+    def change(config: Config) -> Config:
+        return make_config(config.model_dump(), changed, parse_overrides(set_ or []))
+
+    train_in(opened(run, runs_dir, tell, take_over), change, in_process)
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def dataset_path(text: str) -> Path:
+    """What --offline names, on this machine: a run at a URI is fetched. Raises RunError."""
+    from distributed_muzero.mirror.uri import is_uri
+    from distributed_muzero.workers.runs import open_to_read
+
+    return open_to_read(text, options.RUNS).path if is_uri(text) else Path(text)
 
 
 def run_training(
-    config: Config, name: str | None, runs_dir: Path, in_process: bool, may_exist: bool, datasets: list[Path]
+    config: Config,
+    name: str | None,
+    runs_dir: str,
+    in_process: bool,
+    datasets: list[Path],
+    may_exist: bool = False,
+    take_over: bool = False,
 ) -> None:
-    """Makes the run's folder, or opens it if it `may_exist`, fills it with the datasets' episodes, and trains."""
+    """Makes the run, or goes on with it if it `may_exist`, fills it with the datasets' episodes, and trains."""
     from distributed_muzero.environments.registry import make_environment
     from distributed_muzero.networks.registry import check_name
     from distributed_muzero.replay.dataset import check_datasets
-    from distributed_muzero.run_folder import create_run, open_run, run_names
+    from distributed_muzero.workers.runs import created, names_in, opened
 
     # What can't be made must not leave a run's folder behind.
     check_name(config.network.name)
     environment = make_environment(config.environment)
     environment.close()
     check_datasets(datasets, environment.spec)
-    if may_exist and name in run_names(runs_dir):
-        folder = open_run(name, runs_dir)
+    if may_exist and name is not None and name in names_in(runs_dir):
+        run = opened(name, runs_dir, tell, take_over)
     else:
-        folder = create_run(runs_dir, name, config)
-    try:
-        train_in(folder, config, in_process, datasets)
-    except RunIsOver as over:
-        if not may_exist:
-            raise
-        print(f"nothing is left to do: {over}")
+        run = created(runs_dir, name, config)
+    train_in(run, lambda _: config, in_process, datasets)
 
 
-def train_in(folder: RunFolder, config: Config, in_process: bool, datasets: Sequence[Path] = ()) -> None:
-    """Trains in a run's folder from where it stands, evaluates what did best, and says where everything lies."""
+def train_in(
+    run: AbstractContextManager[Opened],
+    change: Callable[[Config], Config],
+    in_process: bool,
+    datasets: Sequence[Path] = (),
+) -> None:
+    """Trains a run from where it stands, evaluates what did best, and says where everything lies.
+
+    change: from the run's config to the one that it goes on with.
+    """
     from distributed_muzero.cli.evaluate import evaluate_run, print_result
     from distributed_muzero.observability.progress import Progress
+    from distributed_muzero.workers.bookkeeper import Bookkeeper, why_over
+    from distributed_muzero.workers.layout import lay_out
 
+    with ExitStack() as stack:
+        folder, copies = stack.enter_context(run)
+        config = change(folder.config)
+        progress = stack.enter_context(Progress(limits=config.run))
+        stop = stack.enter_context(stop_on_signal(progress))
+        folder = folder.with_config(config)
+        if reason := why_over(folder):
+            raise RunIsOver(f"run {folder.name} is over: {reason}; resume it with a higher limit to go on")
+        if copies is None:
+            lay_out(folder.replay, config)
+        folder.write_config()
+        datasets = datasets or folder.read_datasets()
+        if copies and (in_process or datasets):
+            copies.claim_shards(config.replay.num_shards)
+        import_stored(folder, datasets, progress.message, stop.is_set)
+        if copies:
+            copies.push()
+        if stop.is_set():
+            return
+        launch = folder.begin_launch(RELOCATED_VERSIONS if copies and copies.was_fetched else 0)
+        if copies:
+            # Before anything is played: whoever goes on from the copy gives other ids than this launch.
+            copies.push()
+            if not in_process:
+                copies.release_shards()
+        book = Bookkeeper(config, folder, progress, launch=launch, copies=copies)
+        ending = play(book, in_process, stop)
+    state = book.state
+    print(f"run: {folder.place}")
+    print(f"environment steps: {state.env_steps}, learner steps: {state.learner.learner_steps}")
+    if not ending.was_stopped and state.learner.learner_steps and not stop.is_set():
+        seeds = (config.run.seed, FINAL_EVALUATION_STREAM)
+        print_result(evaluate_run(folder, config.evaluator.num_episodes, seeds, None))
+
+
+def play(book: Bookkeeper, in_process: bool, stop: Stop) -> Ending:
+    """One launch of the run, to its end."""
     if in_process:
         from distributed_muzero.workers.local import train as train_loop
     else:
         from distributed_muzero.cluster.session import train as train_loop
-    from distributed_muzero.workers.bookkeeper import Bookkeeper, why_over
-    from distributed_muzero.workers.layout import lay_out
 
-    with folder.locked(), Progress(limits=config.run) as progress, stop_on_signal(progress) as stop:
-        folder = folder.with_config(config)
-        if reason := why_over(folder):
-            raise RunIsOver(f"run {folder.name} is over: {reason}; resume it with a higher limit to go on")
-        lay_out(folder.replay, config)
-        folder.write_config()
-        import_stored(folder, datasets or folder.read_datasets(), progress.message, stop.is_set)
-        if stop.is_set():
-            return
-        book = Bookkeeper(config, folder, progress, launch=folder.begin_launch())
-        progress.message(f"run {folder.name} in {folder.path}")
-        if book.launch.number:
-            progress.message(
-                f"going on from {book.state.env_steps} environment steps, "
-                f"{book.state.learner.learner_steps} learner steps"
-            )
-        progress.message("starting its workers")
-        status = "failed"
+    progress, folder = book.progress, book.folder
+    progress.message(f"run {folder.name} in {folder.place}")
+    if book.launch.number:
+        progress.message(
+            f"going on from {book.state.env_steps} environment steps, "
+            f"{book.state.learner.learner_steps} learner steps"
+        )
+    progress.message("starting its workers")
+    status = "failed"
+    # The last copy holds what `close` writes.
+    with book.copies.keep_pushing() if book.copies else nullcontext():
         try:
-            ending = train_loop(config, folder.name, book, stop.is_set)
+            ending = train_loop(book.config, folder.name, book, stop.is_set)
             status = "stopped" if ending.was_stopped else "finished"
         finally:
             book.close(status)
-        progress.message(f"{status} after {book.state.seconds:.1f} s: {ending.reason}")
-    state = book.state
-    print(f"run: {folder.path}")
-    print(f"environment steps: {state.env_steps}, learner steps: {state.learner.learner_steps}")
-    if status == "finished" and state.learner.learner_steps and not stop.is_set():
-        seeds = (config.run.seed, FINAL_EVALUATION_STREAM)
-        print_result(evaluate_run(folder, config.evaluator.num_episodes, seeds, None))
+    book.tell_of_copies()
+    progress.message(f"{status} after {book.state.seconds:.1f} s: {ending.reason}")
+    return ending
 
 
 def import_stored(

@@ -14,7 +14,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from distributed_muzero.cluster.jobs import Jobs, first_line
 from distributed_muzero.cluster.run_control import NAMESPACE, Desired
 from distributed_muzero.errors import ClusterError, DistributedMuZeroError, RunError
-from distributed_muzero.run_folder import open_run
+from distributed_muzero.workers.runs import last_status
 
 ANSWER_SECONDS = 20.0
 
@@ -60,7 +60,7 @@ def run_status(run: str | None, runs_dir: Path | str, address: str | None) -> di
     job = Jobs(address).find(run)
     status: dict[str, Any] = {}
     with suppress(RunError):
-        status = open_run(run, job.runs_dir or runs_dir).read_status() or {}
+        status = last_status(run, job.runs_dir or str(runs_dir)) or {}
     state = job.state
     if job.goes_on and status.get("state") not in (None, "running"):
         status = {}  # of the launch before

@@ -32,8 +32,11 @@ from distributed_muzero.cluster.scaling import Autoscaler
 from distributed_muzero.config import Config
 from distributed_muzero.errors import DistributedMuZeroError, RunError
 from distributed_muzero.files import folder_bytes
+from distributed_muzero.mirror.download import num_bytes_at
+from distributed_muzero.mirror.uri import join
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import num_reanalysers
+from distributed_muzero.workers.run_copy import LAST_PUSH_SECONDS
 from distributed_muzero.workers.run_state import ActorReport, Crew, Ending, LearnerReport
 
 PLAY_SECONDS = 0.25
@@ -48,7 +51,7 @@ STOP_SECONDS = 15.0  # for flushing shards and fetching the learner's state when
 LEAVE_SECONDS = 600.0  # for an actor's last games, while the limiter holds them back
 SHARD_RESTART_SECONDS = 60.0  # Ray's restart of a shard's process
 MAX_DOUBTS = 3  # answers of a process that are lost one after the other, before it is taken for lost itself
-RECOVERY_BYTES_PER_SECOND = 10e6  # of its log, at least
+RECOVERY_BYTES_PER_SECOND = 10e6  # of its log, at least; as many are fetched from a URI
 
 
 class Published(NamedTuple):
@@ -91,6 +94,7 @@ class Driver:
         self._num_restarts = {"actor": 0, "other": 0}
         self._drains_until: float | None = None
         self._next_exchange = 0.0
+        self._bytes_to_fetch = 0  # by a shard, at most, before its first answer
 
     def run(self) -> Ending | None:
         """Plays and learns until a limit of the run or a request to stop.
@@ -163,6 +167,8 @@ class Driver:
 
     def _create(self) -> None:
         config, name = self.config, self.run_name
+        if self.book.copies:
+            self._bytes_to_fetch = num_bytes_at(join(self.book.copies.uri, "replay"))
         options = shard_options(config)
         self.shards = [
             Role(f"replay shard {index}", partial(self._make_shard, index, options))
@@ -186,8 +192,9 @@ class Driver:
         self._reconcile()
 
     def _make_shard(self, index: int, options: dict[str, Any]) -> Any:
+        copies = self.book.copies
         return ReplayShardWorker.options(**options).remote(
-            self.config, self.run_name, index, self.book.folder.replay
+            self.config, self.run_name, index, self.book.folder.replay, copies and copies.owned
         )
 
     def _start(self, role: Role, begin: Callable[[Role], object] = lambda _: None) -> None:
@@ -521,7 +528,8 @@ class Driver:
         if shard.working_since is not None:
             return 0.0
         folder = self.book.folder.replay / f"shard_{self.shards.index(shard)}"
-        return folder_bytes(folder) / RECOVERY_BYTES_PER_SECOND
+        num_bytes = max(folder_bytes(folder), self._bytes_to_fetch)
+        return (num_bytes + self._bytes_to_fetch) / RECOVERY_BYTES_PER_SECOND
 
     def _tell_lost(self, role: Role, error: BaseException) -> None:
         short = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -536,13 +544,21 @@ class Driver:
         self.book.add_undelivered(sum(drained.values()))
         flushes = [role.handle.flush.remote() for role in self.shards]
         self.shard_stats.update(self._ask_all("replay shards", flushes))
-        # Else it may not even have started, or hold random weights; all that was learnt is in the checkpoints.
-        if self._learner_has_begun and self._steps:
-            self._write_last_checkpoint(deadline, evaluate)
+        copies = [role.handle.last_push.remote() for role in self.shards] if self.book.copies else []
+        try:
+            # Else it may not even have started, or hold random weights; all that was learnt is in the checkpoints.
+            if self._learner_has_begun and self._steps:
+                self._write_last_checkpoint(deadline, evaluate)
+        finally:
+            pushed = self._ask_all("replay shards", copies, LAST_PUSH_SECONDS)
+            for failure in filter(None, pushed.values()):
+                self.book.progress.message(f"the last copy of a replay shard is not whole: {failure}")
 
-    def _ask_all(self, whom: str, calls: list[Any]) -> dict[int, Any]:
-        """The answers by index, of those that answer within a third of the time there is."""
-        done = ray.wait(calls, num_returns=len(calls), timeout=STOP_SECONDS / 3)[0] if calls else []
+    def _ask_all(
+        self, whom: str, calls: list[Any], timeout_seconds: float = STOP_SECONDS / 3
+    ) -> dict[int, Any]:
+        """The answers by index, of those that answer in time."""
+        done = ray.wait(calls, num_returns=len(calls), timeout=timeout_seconds)[0] if calls else []
         answers = {}
         for call in done:
             with suppress(RayError):

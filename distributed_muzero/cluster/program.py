@@ -6,6 +6,7 @@ exception that it is, where Ray makes a dead process of an exception in a constr
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,12 +20,14 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from distributed_muzero.cluster.group_commit import GroupCommit, flush, insert
 from distributed_muzero.config import Config
+from distributed_muzero.errors import RunError
 from distributed_muzero.replay.schema import Priorities, StoredEpisode, Targets
 from distributed_muzero.types import Batch, Episode
 from distributed_muzero.workers.builder import Builder
 from distributed_muzero.workers.history import RecordedInsert
 from distributed_muzero.workers.outbox import Insert, Outbox
 from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
+from distributed_muzero.workers.run_copy import Owned, ShardCopy
 from distributed_muzero.workers.run_state import ActorReport, LearnerReport, ReanalyseReport
 
 if TYPE_CHECKING:  # they import torch, which a shard's process does without
@@ -71,12 +74,28 @@ class made_at_first_use:
 class ReplayShardWorker:
     """Everything runs in one event loop but what waits for the disk: it goes on sampling meanwhile."""
 
-    def __init__(self, config: Config, run_name: str, index: int, replay_folder: Path):
+    def __init__(
+        self, config: Config, run_name: str, index: int, replay_folder: Path, owned: Owned | None = None
+    ):
+        """owned: the run's copy at a URI, if there is one."""
         self.make = lambda: Builder(config, run_name).replay_shard(index, replay_folder)
+        self.make_copy = lambda: ShardCopy(replay_folder.parent, owned, index) if owned else None
+        self.copy: ShardCopy | None = None
+        self.must_share = replay_folder if config.replay.spread_shards and not owned else None
 
     @made_at_first_use
     def shard(self) -> ReplayShard:
-        return self.make()
+        if self.must_share and not self.must_share.is_dir():
+            raise RunError(
+                f"{self.must_share} isn't there on node {ray.util.get_node_ip_address()}: with "
+                "replay.spread_shards every node has to see the runs folder; put it on a shared file system or at a "
+                "URI, or leave replay.spread_shards false"
+            )
+        self.copy = self.make_copy()
+        shard = self.make()
+        if self.copy:
+            self.copy.begin()
+        return shard
 
     async def ready(self) -> None:
         """Answers as soon as there is a process."""
@@ -102,7 +121,11 @@ class ReplayShardWorker:
 
     async def flush(self) -> dict[str, float]:
         await flush(self.shard)
-        return self.shard.stats()
+        return {**self.shard.stats(), **(self.copy.stats() if self.copy else {})}
+
+    async def last_push(self) -> str | None:
+        """Copies once more before the process is ended; returns what went wrong."""
+        return await asyncio.to_thread(self.copy.end) if self.copy else None
 
 
 @ray.remote(num_cpus=1)

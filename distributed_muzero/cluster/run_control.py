@@ -21,6 +21,7 @@ class Desired(NamedTuple):
     autoscale: tuple[int, int] | None = None  # fewest and most actors; the driver chooses then
     stop: bool = False
     in_haste: bool = False  # a stop is to leave out draining and the last checkpoint
+    shards_stay: bool = False  # as many as there are: they can't be laid out anew at a URI
 
     def changed(self, **wishes: Any) -> Desired:
         """With other values. Raises RunError for those that this run can't have."""
@@ -32,6 +33,11 @@ class Desired(NamedTuple):
         if self.num_actors == 0 and ("num_actors" in wishes or wishes.get("autoscale")):
             raise RunError(
                 "this run learns from stored episodes alone; start another without --offline to play"
+            )
+        if self.shards_stay and wishes.get("num_shards", self.num_shards) != self.num_shards:
+            raise RunError(
+                f"this run has {self.num_shards} replay shards and keeps them: its runs folder is at a URI, where "
+                "they can't be laid out anew"
             )
         if self.num_reanalysers == 0 and "num_reanalysers" in wishes:
             raise RunError("this run searches nothing anew: its reanalyse.ratio is 0; resume it with another")

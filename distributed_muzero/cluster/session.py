@@ -26,7 +26,7 @@ SHARDS_END_SECONDS = 15.0  # until killed shards have let go of their logs
 def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Callable[[], bool]) -> Ending:
     """The same as `workers.local.train`, with the roles as processes."""
     with ray_session(num_cpus(config)):
-        desired = first_desired(config)
+        desired = first_desired(config)._replace(shards_stay=book.copies is not None)
         control = make_control(run_name, desired)
         while True:
             driver = Driver(config, run_name, book, stop_requested, desired, control)

@@ -28,6 +28,23 @@ def names_at(uri: str) -> list[str]:
     return sorted(path.partition("/")[0] for path in configs)
 
 
+def read_at(uri: str, name: str) -> tuple[bytes | None, float | None]:
+    """One small file of a copy, and when it was written (seconds since 1970, by the store). Raises RunError."""
+    try:
+        remote = Remote(uri)
+        return remote.read(name), remote.changed_at(name)
+    except RemoteError as error:
+        raise RunError(str(error)) from None
+
+
+def num_bytes_at(uri: str) -> int:
+    """Of all files of a copy. Raises RunError."""
+    try:
+        return sum(remote_files(Remote(uri)).values())
+    except RemoteError as error:
+        raise RunError(str(error)) from None
+
+
 def fetch(uri: str, local: Path, exclude: Collection[str] = ()) -> Path:
     """Makes `local` what the run at the URI is now, to be read; `exclude`: folders that aren't needed (`replay`).
 

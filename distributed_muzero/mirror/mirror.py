@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -89,6 +89,26 @@ class Mirror:
         self._given_up = threading.Event()
 
     # Who owns it ----------------------------------------------------------------------------------------------
+
+    def owner_elsewhere(self) -> str | None:
+        """Who owns the copy, in words; None for nobody, and for this folder's last process. Raises RunError."""
+        try:
+            data = self._remote.read(OWNER)
+        except RemoteError as error:
+            raise RunError(str(error)) from None
+        return None if _token_of(data) in (None, *self._read_state()[0]) else _describe(data)
+
+    @property
+    def token(self) -> str:
+        """This process' own, after `claim`."""
+        return self._tokens[-1]
+
+    def require_owner(self, token: str) -> None:
+        """Raises RunError if another process than the one with this token owns the copy, as far as can be told."""
+        with suppress(RemoteError):
+            data = self._remote.read(OWNER)
+            if _token_of(data) not in (None, token):
+                raise RunError(f"{_describe(data)} has taken over {shown(self.uri)}; stop that one first")
 
     def claim(self, *, may_be_late: bool = False) -> Literal["new", "kept", "fetched"]:
         """Makes this process the owner, and the folder as new as its copy or newer; says what it found.

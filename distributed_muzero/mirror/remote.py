@@ -93,6 +93,12 @@ class Remote:
             except FileNotFoundError:
                 return None
 
+    def changed_at(self, name: str) -> float | None:
+        """When a file was written last, in seconds since 1970 by the store's clock; None if there is none."""
+        with self._reported("read", name):
+            info = self._files.get_file_info(self._path(name))
+        return info.mtime_ns / 1e9 if info.is_file and info.mtime_ns is not None else None
+
     def download(self, name: str, path: Path) -> bool:
         """Copies a file, durably but for its name; False if there is none any more. Raises OSError as well."""
         with self._reported("read", name):

@@ -54,6 +54,8 @@ _ALL = (
     Metric("actors/staleness", "versions", "newest weights version minus the oldest one played with", "gauge"),
     Metric("actors/undelivered_episodes", "episodes", "finished games lost with actors that ended", "counter"),
     Metric("actors/restarts", "actors", "actors that were replaced", "counter"),
+    Metric("copy/seconds_since_push", "s", "time since the oldest copy at a URI was up to date", "gauge"),
+    Metric("copy/failures", "pushes", "attempts to copy to a URI that failed", "counter"),
     Metric("eval/mean_return", "return", "mean return of the last evaluation, without noise", "gauge"),
     Metric("eval/std_return", "return", "standard deviation of the last evaluation's returns", "gauge"),
 )

@@ -17,6 +17,7 @@ from distributed_muzero.errors import CheckpointError, RunError
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.observability.recorder import Recorder
 from distributed_muzero.run_folder import FIRST_LAUNCH, Launch, RunFolder
+from distributed_muzero.workers.run_copy import Copies
 from distributed_muzero.workers.run_state import ActorReport, Crew, LearnerReport, RunState
 
 TICK_SECONDS = 1.0
@@ -70,8 +71,9 @@ class Bookkeeper:
         progress: Progress,
         clock: Callable[[], float] = time.monotonic,
         launch: Launch = FIRST_LAUNCH,
+        copies: Copies | None = None,
     ):
-        """launch: from number 1 on, counts go on where they stood."""
+        """launch: from number 1 on, counts go on where they stood.   copies: of the folder, at a URI."""
         self.config = config
         self.folder = folder
         self.progress = progress
@@ -85,6 +87,7 @@ class Bookkeeper:
         self._shown_rejections: set[str] = set()
         self._told_losses = dict.fromkeys(LOSSES, 0)
         self.launch = launch
+        self.copies = copies
         self._shards: Sequence[Mapping[str, float]] = ()
         self._crew = Crew(0)
         self._undelivered = 0
@@ -155,9 +158,15 @@ class Bookkeeper:
             self._reserve_versions(report.weights_version + RESERVED_VERSIONS)
 
     def tick(self, shards: Sequence[Mapping[str, float]], crew: Crew) -> bool:
-        """Takes how the run stands; once a second, records the metrics, shows them, and returns True."""
+        """Takes how the run stands; once a second, records the metrics, shows them, and returns True.
+
+        Raises RunError if another process has taken the run over.
+        """
         self._shards, self._crew = shards, crew
         self._tell_of_losses(shards)
+        self.tell_of_copies()
+        if self.copies:
+            self.copies.check()
         is_due = self._clock() >= self._next_tick
         if is_due:
             self._next_tick = self._clock() + TICK_SECONDS
@@ -171,6 +180,10 @@ class Bookkeeper:
             if number > self._told_losses[name]:
                 self._told_losses[name] = number
                 self.progress.message(f"{number} {what}; the replay goes on with what is intact")
+
+    def tell_of_copies(self) -> None:
+        for text in self.copies.messages() if self.copies else ():
+            self.progress.message(text)
 
     def _record(self) -> dict[str, float]:
         crew = self._crew
@@ -186,6 +199,10 @@ class Bookkeeper:
                 "actors/undelivered_episodes": self._undelivered,
             }
         )
+        if self.copies:
+            copy = self.copies.state(self._shards)
+            metrics["copy/seconds_since_push"] = copy["seconds_since_push"]
+            metrics["copy/failures"] = copy["failures"]
         self._recorder.record(metrics, self.state.env_steps)
         self.progress.update(metrics)
         return metrics
@@ -248,7 +265,7 @@ class Bookkeeper:
         self.status = {
             "run": self.folder.name,
             "state": status,
-            "folder": str(self.folder.path),
+            "folder": self.folder.place,
             "actors": {
                 "desired": crew.desired,
                 "live": crew.live,
@@ -273,6 +290,8 @@ class Bookkeeper:
             "undelivered_episodes": self._undelivered,
             "seconds": round(state.seconds, 1),
         }
+        if self.copies:
+            self.status["copy"] = self.copies.state(self._shards)
         self.folder.write_status(self.status)
 
     def close(self, status: str) -> None:

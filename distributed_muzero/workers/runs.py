@@ -1,0 +1,223 @@
+"""The runs of a runs folder, on this machine or at a URI: made, gone on with, read.
+
+A run at a URI lies in a folder of this machine, of which a copy is kept there. To train is to own the copy: whoever
+goes on with a run takes it over. To read, the copy is fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distributed_muzero.config import Config
+from distributed_muzero.errors import RunError
+from distributed_muzero.mirror import uri as uris
+from distributed_muzero.mirror.download import fetch, names_at, read_at
+from distributed_muzero.run_folder import (
+    NAME,
+    RunFolder,
+    create_run,
+    default_run_name,
+    locked,
+    no_such_run,
+    open_run,
+    run_names,
+)
+from distributed_muzero.workers.run_copy import INTERVAL_SECONDS, Copies, interval_seconds
+
+FETCHED = ".fetched"  # no run has such a name
+# A run that says `running` and has copied nothing for so many intervals is taken for dead.
+SILENT_INTERVALS = 2
+POLL_SECONDS = 1.0
+
+Opened = tuple[RunFolder, Copies | None]
+
+
+class Place(NamedTuple):
+    """A run at a URI."""
+
+    runs: str  # URI of the runs folder
+    name: str
+
+    @property
+    def uri(self) -> str:
+        return uris.join(self.runs, self.name)
+
+    @property
+    def local(self) -> Path:
+        """The folder on this machine that is copied there."""
+        return uris.local_runs_dir(self.runs) / self.name
+
+
+def place_of(run: str, runs_dir: str) -> Place | None:
+    """None for a run of this machine's file systems: its name in a folder, or the path of its folder."""
+    if uris.is_uri(run):
+        return Place(*uris.split_name(run))
+    return Place(runs_dir, run) if uris.is_uri(runs_dir) and NAME.fullmatch(run) else None
+
+
+def names_in(runs_dir: str) -> list[str]:
+    """The runs of a folder, newest first; at a URI in alphabetical order. Raises RunError."""
+    return names_at(runs_dir) if uris.is_uri(runs_dir) else run_names(runs_dir)
+
+
+# To train ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def created(runs_dir: str, name: str | None, config: Config) -> Iterator[Opened]:
+    """A new run, as `create_run` makes it; at a URI with a first copy, or nothing is left of it. Raises RunError."""
+    if not uris.is_uri(runs_dir):
+        folder = create_run(runs_dir, name, config)
+        with folder.locked():
+            yield folder, None
+        return
+    taken = names_at(runs_dir)
+    place = Place(runs_dir, name if name is not None else _free_name(runs_dir, config, taken))
+    if place.name in taken:
+        raise RunError(
+            f"run {place.name!r} exists already in {uris.shown(runs_dir)}; choose another --name, or go on with it: "
+            f"resume {place.name}"
+        )
+    if NAME.fullmatch(place.name) and place.local.exists():
+        raise RunError(
+            f"{place.local} is there, but no copy of it in {uris.shown(runs_dir)}: choose another --name; or, if it is "
+            "of no use any more, remove it"
+        )
+    folder = replace(create_run(place.local.parent, place.name, config), uri=place.uri)
+    with folder.locked():
+        yield folder, _first_copy(folder.path, place.uri)
+
+
+def _first_copy(folder: Path, uri: str) -> Copies:
+    try:
+        copies = Copies(folder, uri)
+        copies.claim_new()
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            folder.parent.rmdir()
+        raise
+    return copies
+
+
+def _free_name(runs_dir: str, config: Config, taken: Collection[str]) -> str:
+    name = default_run_name(config)
+    candidates = [name, *(f"{name}-{number}" for number in range(2, 1000))]
+    return next(text for text in candidates if text not in taken and not Place(runs_dir, text).local.exists())
+
+
+@contextmanager
+def opened(run: str, runs_dir: str, tell: Callable[[str], None], take_over: bool = False) -> Iterator[Opened]:
+    """A run to go on with, which nobody else does meanwhile; taken over, where its copy is at a URI.
+
+    take_over: also from a process elsewhere that seems to go on with it. Raises RunError.
+    """
+    place = place_of(run, runs_dir)
+    if place is None:
+        folder = open_run(run, runs_dir)
+        with folder.locked():
+            yield folder, None
+        return
+    _check_exists(place)
+    place.local.mkdir(parents=True, exist_ok=True)
+    with locked(place.local):
+        copies = Copies(place.local, place.uri)
+        if not take_over and (owner := copies.owner_elsewhere()):
+            await_silence(place, owner, tell)
+        copies.claim()
+        yield replace(open_run(place.name, place.local.parent), uri=place.uri), copies
+
+
+def await_silence(
+    place: Place,
+    owner: str,
+    tell: Callable[[str], None],
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.time,
+) -> None:
+    """Returns as soon as a run counts as dead that another process had. Raises RunError if it shows that it lives.
+
+    It lives if its status says `running` and is copied again within two intervals; clocks only shorten the wait.
+    """
+    patience = silent_seconds()
+    began = clock()
+    status, first_change = _status_at(place)
+    if status.get("state") != "running":
+        return
+    since = began if first_change is None else min(first_change, began)
+    if clock() - since < patience:
+        tell(
+            f"{owner} may still go on with run {place.name}: waiting {patience - (clock() - since):.0f} s for a sign "
+            "of it; --take-over doesn't wait"
+        )
+    while clock() - since < patience:
+        sleep(POLL_SECONDS)
+        status, change = _status_at(place)
+        if status.get("state") != "running":
+            return
+        if change != first_change:
+            raise RunError(
+                f"run {place.name!r} is going on: {owner} has just copied it to {uris.shown(place.uri)}; stop that one "
+                "first, or end its part in it with --take-over"
+            )
+
+
+def silent_seconds() -> float:
+    return SILENT_INTERVALS * max(interval_seconds(), INTERVAL_SECONDS)
+
+
+# To read ----------------------------------------------------------------------------------------------------------
+
+
+def open_to_read(run: str, runs_dir: str, exclude: Collection[str] = ()) -> RunFolder:
+    """A run as it is now, or as it was copied last. exclude: folders that aren't needed. Raises RunError."""
+    place = place_of(run, runs_dir)
+    if place is None:
+        return open_run(run, runs_dir)
+    _check_exists(place)
+    path = fetch(place.uri, place.local.parent / FETCHED / place.name, exclude)
+    return replace(open_run(place.name, path.parent), uri=place.uri)
+
+
+def last_status(run: str, runs_dir: str) -> dict[str, Any] | None:
+    """The last status; None before the first. Raises RunError if there is no such run."""
+    place = place_of(run, runs_dir)
+    if place is None:
+        return open_run(run, runs_dir).read_status()
+    _check_exists(place)
+    return _status_at(place)[0] or None
+
+
+def current_status(run: str, runs_dir: str) -> dict[str, Any]:
+    """As `last_status`, with state `lost` where it says running and nobody goes on with it."""
+    place = place_of(run, runs_dir)
+    if place is None:
+        return open_run(run, runs_dir).current_status()
+    _check_exists(place)
+    status, changed_at = _status_at(place)
+    status = status or {"run": place.name, "state": "starting"}
+    if status["state"] == "running" and time.time() - (changed_at or 0) > silent_seconds():
+        status["state"] = "lost"
+    return status
+
+
+def _status_at(place: Place) -> tuple[dict[str, Any], float | None]:
+    """The copied status and when it was copied; empty before the first."""
+    data, changed_at = read_at(place.uri, "status.json")
+    status = None
+    with suppress(ValueError):
+        status = json.loads(data or b"{}")
+    return status if isinstance(status, dict) else {}, changed_at
+
+
+def _check_exists(place: Place) -> None:
+    names = names_at(place.runs)
+    if place.name not in names:
+        raise no_such_run(place.name, uris.shown(place.runs), names, "by name")

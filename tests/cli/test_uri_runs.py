@@ -1,0 +1,230 @@
+"""A runs folder at a URI, as a user has it: a real server that speaks S3, machines that know nothing but the URI."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from distributed_muzero import checkpoint
+from distributed_muzero.errors import RunError
+from distributed_muzero.mirror.uri import local_runs_dir
+from distributed_muzero.replay.inspection import list_all_held
+from distributed_muzero.workers.runs import Place, await_silence, current_status, open_to_read
+from tests.object_store import ObjectStore, environment
+from tests.processes import run, started, wait_for
+
+DEBUG = ("--preset", "debug", "--in-process")
+FOREVER = ("--set", "run.max_train_steps=null", "--max-minutes", 3)
+
+
+@pytest.fixture(scope="module")
+def object_store() -> Iterator[ObjectStore]:
+    store = ObjectStore()
+    yield store
+    store.stop()
+
+
+@pytest.fixture
+def on_machine(tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """Commands run on the machine of a name from now on: it has a disk of its own."""
+
+    def go_to(name: str) -> Path:
+        disk = tmp_path / name
+        monkeypatch.setenv("DISTRIBUTED_MUZERO_CACHE_DIR", str(disk))
+        return disk
+
+    go_to("a")
+    return go_to
+
+
+@pytest.fixture
+def s3(object_store, monkeypatch, on_machine) -> str:
+    """The runs folder, which the commands know from the environment."""
+    for name, value in environment(object_store).items():
+        monkeypatch.setenv(name, value)
+    uri = f"s3://{object_store.new_bucket()}/runs"
+    monkeypatch.setenv("DISTRIBUTED_MUZERO_RUNS_DIR", uri)
+    return uri
+
+
+@pytest.fixture
+def there(tmp_path, monkeypatch, on_machine) -> str:
+    """A runs folder in a folder (file://), copied to often."""
+    monkeypatch.setenv("DISTRIBUTED_MUZERO_COPY_SECONDS", "0.3")
+    uri = f"file://{tmp_path}/there"
+    monkeypatch.setenv("DISTRIBUTED_MUZERO_RUNS_DIR", uri)
+    return uri
+
+
+def succeed(*arguments: object) -> tuple[str, str]:
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def fail(*arguments: object) -> str:
+    """The one error that the command ends with."""
+    done = run(*arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("error: ") == 1
+    return done.stderr.partition("error: ")[2]
+
+
+def last_json(*arguments: object) -> dict:
+    return json.loads(succeed(*arguments, "--json")[0].splitlines()[-1])
+
+
+def held_ids(runs: str) -> list[str]:
+    return [held.episode_id for held in list_all_held(open_to_read("r", runs).replay)]
+
+
+def test_a_run_goes_on_elsewhere_as_if_nothing_had_happened(s3, on_machine):
+    output, _ = succeed("train", *DEBUG, "--name", "r", "--shards", 2, "--max-train-steps", 40)
+    assert f"run: {s3}/r" in output
+    first = current_status("r", s3)
+    assert first["state"] == "finished" and first["folder"] == f"{s3}/r"
+    assert first["copy"]["uri"] == f"{s3}/r" and first["copy"]["failures"] == 0
+    ids = held_ids(s3)
+    assert len(ids) == first["episodes"] > 0
+    saved = checkpoint.latest_checkpoint(open_to_read("r", s3).checkpoints)
+    assert saved.step == first["learner_steps"]
+    launches = json.loads((local_runs_dir(s3) / "r/launches.json").read_text())
+
+    shutil.rmtree(on_machine("a"))
+    on_machine("b")
+    _, told = succeed("resume", "r", "--in-process", "--max-train-steps", 80)
+    before = re.search(r"going on from (\d+) environment steps, (\d+) learner steps", told)
+    assert [int(count) for count in before.groups()] == [first["env_steps"], first["learner_steps"]]
+    second = current_status("r", s3)
+    assert second["learner_steps"] >= 80 and second["episodes"] > first["episodes"]
+    assert second["weights_version"] >= launches["versions"] + 10**6
+    later = held_ids(s3)
+    assert set(ids) < set(later) and len(set(later)) == len(later) == second["episodes"]
+
+    on_machine("c")
+    assert last_json("evaluate", "r", "--episodes", 2)["episodes"] == 2
+    assert last_json("replay", "verify", "r")["ok"]
+    assert last_json("replay", "verify", f"{s3}/r")["ok"]
+    assert "2" in succeed("replay", "stats", "r")[0]
+    assert "2 replay shards and can't have 3" in fail("resume", "r", "--shards", 3, "--in-process")
+    runs = [json.loads(line) for line in succeed("runs", "--json")[0].splitlines()]
+    assert runs == [{"run": "r", "state": "finished"}]
+    assert last_json("status", "r")["learner_steps"] == second["learner_steps"]
+
+
+def test_episodes_are_imported_into_a_run_at_a_uri_and_learnt_from(there, on_machine, tmp_path):
+    succeed("train", *DEBUG, "--name", "r", "--max-train-steps", 30)
+    ids = held_ids(there)
+    succeed("replay", "export", "r", tmp_path / "all.parquet")
+    for name, dataset in (("file", tmp_path / "all.parquet"), ("uri", f"{there}/r")):
+        on_machine(name)
+        succeed("train", *DEBUG, "--name", name, "--offline", dataset, "--max-train-steps", 20)
+        found = list_all_held(open_to_read(name, there).replay)
+        assert sorted(held.episode_id for held in found) == sorted(ids)
+    on_machine("d")
+    counts = last_json("replay", "import", "file", tmp_path / "all.parquet")
+    assert (counts["stored"], counts["duplicates"]) == (0, len(ids))
+
+
+def test_names_that_are_taken_or_unknown_and_folders_without_a_copy(there, tmp_path):
+    succeed("train", *DEBUG, "--name", "r", "--max-train-steps", 10)
+    assert f"run 'r' exists already in {there}" in fail("train", *DEBUG, "--name", "r")
+    assert "did you mean 'r'?" in fail("evaluate", "rr")
+    shutil.rmtree(tmp_path / "there/r")
+    assert f"{local_runs_dir(there) / 'r'} is there, but no copy" in fail("train", *DEBUG, "--name", "r")
+    assert "holds no runs yet" in fail("resume", "r", "--in-process")
+
+
+def test_a_uri_that_leads_nowhere_is_one_clear_error_and_leaves_nothing(s3, tmp_path):
+    for uri, message in (
+        ("s3://there-is-no-such-bucket/runs", "there is no such bucket"),
+        ("s3:/bucket/runs", "expected one like s3://bucket/prefix"),
+        ("s4://bucket/runs", "expected one like s3://bucket/prefix"),
+    ):
+        assert message in fail("train", *DEBUG, "--name", "r", "--runs-dir", uri)
+        assert not list(tmp_path.glob("a/*/*")), uri
+    assert "holds no runs yet" in fail("evaluate", "r", "--runs-dir", f"{s3}-mistyped")
+
+
+def test_a_store_that_does_not_answer_when_a_run_begins_is_told(object_store, s3):
+    object_store.stop()
+    try:
+        assert "can't be reached" in fail("train", *DEBUG, "--name", "r")
+    finally:
+        object_store.start()
+
+
+def test_who_takes_a_run_over_ends_it_elsewhere_but_not_by_mistake(there, on_machine):
+    with started("train", *DEBUG, "--name", "r", *FOREVER) as process:
+        wait_for("a copied status", lambda: Path(there[7:], "r/status.json").exists())
+        on_machine("b")
+        refused = fail("resume", "r", "--in-process")
+        assert "run 'r' is going on" in refused and "--take-over" in refused
+        assert process.poll() is None
+        limit = json.loads(Path(there[7:], "r/status.json").read_text())["learner_steps"] + 200
+        _, told = succeed(
+            "resume", "r", "--in-process", "--take-over", "--max-minutes", 1, "--max-train-steps", limit
+        )
+        assert "going on from" in told
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 2 and "has taken the run over" in errors, errors
+    assert current_status("r", there)["learner_steps"] >= limit
+    assert last_json("replay", "verify", "r")["ok"]
+    ids = held_ids(there)
+    assert len(set(ids)) == len(ids)
+
+
+# How long a dead run is waited for ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(there) -> Place:
+    place = Place(there, "r")
+    folder = Path(there[7:], "r")
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("{}")
+    (folder / "status.json").write_text('{"state": "running"}')
+    return place
+
+
+def test_a_run_that_has_long_copied_nothing_is_dead(place):
+    os.utime(Path(place.uri[7:], "status.json"), (1000, 1000))
+    await_silence(place, "it", pytest.fail, pytest.fail, lambda: 1061.0)
+    assert current_status("r", place.runs)["state"] == "lost"
+
+
+def test_one_that_was_just_killed_is_waited_for(place):
+    os.utime(Path(place.uri[7:], "status.json"), (1000, 1000))
+    now, told = [1020.0], []
+    await_silence(place, "process 7", told.append, lambda s: now.append(now[-1] + s), lambda: now[-1])
+    assert 1060 <= now[-1] <= 1062
+    assert len(told) == 1 and "process 7" in told[0] and "waiting 40 s" in told[0]
+
+
+def test_a_clock_that_is_wrong_lets_nobody_wait_for_ever(place):
+    os.utime(Path(place.uri[7:], "status.json"), (10**6, 10**6))
+    now = [1020.0]
+    await_silence(place, "it", lambda _: None, lambda s: now.append(now[-1] + s), lambda: now[-1])
+    assert now[-1] <= 1082
+
+
+def test_one_that_copies_again_lives_and_one_that_says_its_over_is_not_waited_for(place):
+    status = Path(place.uri[7:], "status.json")
+
+    def change(text: str) -> Callable[[float], None]:
+        def sleep(_: float) -> None:
+            status.write_text(text)
+            os.utime(status, (1030, 1030))
+
+        return sleep
+
+    os.utime(status, (1000, 1000))
+    with pytest.raises(RunError, match="run 'r' is going on: it has just copied it"):
+        await_silence(place, "it", lambda _: None, change('{"state": "running"}'), lambda: 1020.0)
+    await_silence(place, "it", lambda _: None, change('{"state": "stopped"}'), lambda: 1031.0)
