@@ -118,7 +118,7 @@ class Copies:
             self._messages.append("a replay shard's copy is out of date for now; it is tried again")
         return {
             "uri": uris.shown(self.uri),
-            "seconds_since_push": max(seconds),
+            "seconds_since_push": round(max(seconds), 1),
             "failures": int(sum(stats["failures"] for stats in own) + failures_of_shards),
         }
 
@@ -150,6 +150,10 @@ class ShardCopy:
         """Copies once more, for LAST_PUSH_SECONDS at most, and then no more; returns what went wrong."""
         began = time.monotonic()
         self._pushing.close()
+        try:
+            self._mirror.check()
+        except RunError as error:
+            return str(error)
         if self._mirror.stats()["seconds_since_push"] <= time.monotonic() - began:
             return None
         return self._mirror.last_failure or f"it wasn't done in {LAST_PUSH_SECONDS:g} s"

@@ -86,13 +86,21 @@ def created(runs_dir: str, name: str | None, config: Config) -> Iterator[Opened]
             f"resume {place.name}"
         )
     if NAME.fullmatch(place.name) and place.local.exists():
-        raise RunError(
-            f"{place.local} is there, but no copy of it in {uris.shown(runs_dir)}: choose another --name; or, if it is "
-            "of no use any more, remove it"
-        )
+        _remove_unborn(place)
     folder = replace(create_run(place.local.parent, place.name, config), uri=place.uri)
     with folder.locked():
         yield folder, _first_copy(folder.path, place.uri)
+
+
+def _remove_unborn(place: Place) -> None:
+    """What is left of a process that was killed before it made the first copy. Raises RunError for a run."""
+    with locked(place.local):
+        if (place.local / "launches.json").exists():
+            raise RunError(
+                f"{place.local} is there, but no copy of it in {uris.shown(place.runs)}: choose another --name; or, if "
+                "it is of no use any more, remove it"
+            )
+        shutil.rmtree(place.local, ignore_errors=True)
 
 
 def _first_copy(folder: Path, uri: str) -> Copies:

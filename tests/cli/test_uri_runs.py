@@ -12,10 +12,15 @@ from pathlib import Path
 import pytest
 
 from distributed_muzero import checkpoint
+from distributed_muzero.cluster.program import ReplayShardWorker
+from distributed_muzero.cluster.run_control import Desired
+from distributed_muzero.config import make_config
 from distributed_muzero.errors import RunError
 from distributed_muzero.mirror.uri import local_runs_dir
 from distributed_muzero.replay.inspection import list_all_held
-from distributed_muzero.workers.runs import Place, await_silence, current_status, open_to_read
+from distributed_muzero.run_folder import create_run
+from distributed_muzero.workers.run_copy import Copies, ShardCopy, interval_seconds
+from distributed_muzero.workers.runs import Place, await_silence, created, current_status, open_to_read
 from tests.object_store import ObjectStore, environment
 from tests.processes import run, started, wait_for
 
@@ -84,6 +89,7 @@ def held_ids(runs: str) -> list[str]:
     return [held.episode_id for held in list_all_held(open_to_read("r", runs).replay)]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_elsewhere_as_if_nothing_had_happened(s3, on_machine):
     output, _ = succeed("train", *DEBUG, "--name", "r", "--shards", 2, "--max-train-steps", 40)
     assert f"run: {s3}/r" in output
@@ -118,6 +124,7 @@ def test_a_run_goes_on_elsewhere_as_if_nothing_had_happened(s3, on_machine):
     assert last_json("status", "r")["learner_steps"] == second["learner_steps"]
 
 
+@pytest.mark.slow
 def test_episodes_are_imported_into_a_run_at_a_uri_and_learnt_from(there, on_machine, tmp_path):
     succeed("train", *DEBUG, "--name", "r", "--max-train-steps", 30)
     ids = held_ids(there)
@@ -132,6 +139,7 @@ def test_episodes_are_imported_into_a_run_at_a_uri_and_learnt_from(there, on_mac
     assert (counts["stored"], counts["duplicates"]) == (0, len(ids))
 
 
+@pytest.mark.slow
 def test_names_that_are_taken_or_unknown_and_folders_without_a_copy(there, tmp_path):
     succeed("train", *DEBUG, "--name", "r", "--max-train-steps", 10)
     assert f"run 'r' exists already in {there}" in fail("train", *DEBUG, "--name", "r")
@@ -160,6 +168,7 @@ def test_a_store_that_does_not_answer_when_a_run_begins_is_told(object_store, s3
         object_store.start()
 
 
+@pytest.mark.slow
 def test_who_takes_a_run_over_ends_it_elsewhere_but_not_by_mistake(there, on_machine):
     with started("train", *DEBUG, "--name", "r", *FOREVER) as process:
         wait_for("a copied status", lambda: Path(there[7:], "r/status.json").exists())
@@ -178,6 +187,59 @@ def test_who_takes_a_run_over_ends_it_elsewhere_but_not_by_mistake(there, on_mac
     assert last_json("replay", "verify", "r")["ok"]
     ids = held_ids(there)
     assert len(set(ids)) == len(ids)
+
+
+# What a shard's own process sees to, and what can't change --------------------------------------------------------
+
+
+def test_a_shard_takes_no_copy_back_from_the_run_that_took_it_over(there, tmp_path):
+    run_uri = f"{there}/r"
+    copies = Copies(tmp_path / "a", run_uri)
+    copies.claim()
+    owned = copies.owned
+    first = ShardCopy(tmp_path / "a", owned, 0)
+    later = Copies(tmp_path / "b", run_uri)
+    later.claim()
+    second = ShardCopy(tmp_path / "b", later.owned, 0)
+    with pytest.raises(RunError, match="has taken over"):
+        ShardCopy(tmp_path / "a", owned, 0)
+    first.begin()
+    assert "taken the run over" in first.end()
+    with pytest.raises(RunError, match="taken the run over"):
+        first.stats()
+    second.begin()
+    (tmp_path / "b/replay/shard_0/log").write_bytes(b"1")
+    assert second.end() is None
+    assert (Path(there[7:]) / "r/replay/shard_0/log").read_bytes() == b"1"
+
+
+def test_a_shard_on_a_node_that_does_not_see_the_runs_folder_says_so(tmp_path):
+    config = make_config({"replay": {"spread_shards": True}})
+    shell = ReplayShardWorker.__ray_actor_class__(config, "r", 0, tmp_path / "absent")
+    with pytest.raises(RunError, match=r"absent isn't there on node .*shared file system or at a URI"):
+        _ = shell.shard
+
+
+def test_a_run_at_a_uri_is_not_scaled_to_other_shards():
+    desired = Desired(1, 0, 2, shards_stay=True)
+    assert desired.changed(num_shards=2, num_actors=3).num_actors == 3
+    with pytest.raises(RunError, match="has 2 replay shards and keeps them"):
+        desired.changed(num_shards=3)
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "1e9"])
+def test_a_pause_between_copies_that_is_none_is_refused(monkeypatch, text):
+    monkeypatch.setenv("DISTRIBUTED_MUZERO_COPY_SECONDS", text)
+    with pytest.raises(RunError, match="expected seconds from"):
+        interval_seconds()
+
+
+def test_what_a_kill_left_before_the_first_copy_is_in_nobodys_way(there):
+    config = make_config({})
+    create_run(local_runs_dir(there), "r", config)
+    with created(there, "r", config) as (folder, copies):
+        assert copies is not None and folder.uri == f"{there}/r"
+    assert (Path(there[7:]) / "r/config.yaml").exists()
 
 
 # How long a dead run is waited for ----------------------------------------------------------------------------------
