@@ -16,6 +16,11 @@ DistributedMuZeroError            each message says what came, what was expected
 """
 
 
+def first_line(error: BaseException) -> str:
+    """Of its message; its type's name where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class DistributedMuZeroError(Exception):
     """Root of the tree. The command line prints it without a traceback and exits with code 2."""
 

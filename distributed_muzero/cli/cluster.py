@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ from distributed_muzero.errors import ClusterError, ConfigError, RunError
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
 WATCH_SECONDS = 2.0
+AT_WORK = ("pending", "starting", "running", "laying out")
 WATCH_JOB_SECONDS = 600.0  # of one small job that watches for somebody outside
 
 Address = Annotated[
@@ -73,13 +74,19 @@ def submit(
         if path.suffix != ".whl" or not path.is_file():
             raise ConfigError(f"--package {path}: expected a wheel; `pip wheel --no-deps FOLDER` makes one")
     from distributed_muzero.cluster.jobs import Jobs
+    from distributed_muzero.mirror.uri import is_uri
     from distributed_muzero.run_folder import check_name, default_run_name
 
     run = name or default_run_name(chosen)
     check_name(run)
+    for option, place in (("--runs-dir", runs_dir), *(("--offline", path) for path in offline or [])):
+        if place is not None and not is_uri(place) and not Path(place).is_absolute():
+            raise ConfigError(f"{option} {place}: expected an absolute path on the cluster, or a URI")
     jobs = Jobs(address)
     may_exist = resume is options.Resume.auto
     arguments = ["--resume", resume.value, *(word for path in offline or [] for word in ("--offline", path))]
+    if shards is not None:
+        arguments += ["--shards", str(shards)]  # of an earlier launch, its own number counts otherwise
     job_id = jobs.submit(run, chosen, arguments, package or [], runs_dir, may_exist)
     _tell(f"submitted as job {job_id}; waiting for it to start")
     folder = jobs.wait_until_started(job_id, START_SECONDS)
@@ -117,7 +124,7 @@ def watched(
     run: str | None, address: str | None, runs_dir: str, watch: bool, watch_seconds: float | None
 ) -> Iterator[dict[str, Any]]:
     """The run's status; with `watch`, every two seconds until the run, or the time, is over."""
-    from distributed_muzero.cluster.jobs import GOING_ON, Jobs, cluster_address, is_http, last_json
+    from distributed_muzero.cluster.jobs import Jobs, cluster_address, is_http, last_json
 
     where = cluster_address(address)
     arguments = ["status", *([run] if run else []), "--json"]
@@ -126,31 +133,34 @@ def watched(
         return
     if is_http(where):
         state = "running"
-        while state in (*GOING_ON, "starting"):
+        while state in AT_WORK:
+            state = "unknown"
             more = [*arguments, "--watch", "--watch-seconds", str(WATCH_JOB_SECONDS)]
             for line in Jobs(where).execute_following(more):
                 if line.startswith("{"):
                     found = json.loads(line)
                     state = found["state"]
                     yield found
+        if state == "unknown":
+            raise ClusterError("the cluster gave no status; is the same version installed there?")
         return
     from distributed_muzero.cluster.control import joined, run_status
 
     deadline = time.monotonic() + (watch_seconds or float("inf"))
-    try:
-        with joined(where):
-            while True:
-                found = run_status(run, runs_dir, where)
-                yield found
-                if not watch or found["state"] not in (*GOING_ON, "starting"):
-                    return
-                if time.monotonic() >= deadline:
-                    return
-                time.sleep(WATCH_SECONDS)
-    except ClusterError as error:
-        if where is not None:
-            raise
-        yield from _of_a_folder(run, runs_dir, watch, error)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(joined(where))
+        except ClusterError as error:
+            if where is not None:
+                raise
+            yield from _of_a_folder(run, runs_dir, watch, error)
+            return
+        while True:
+            found = run_status(run, runs_dir, where)
+            yield found
+            if not watch or found["state"] not in AT_WORK or time.monotonic() >= deadline:
+                return
+            time.sleep(WATCH_SECONDS)
 
 
 def _of_a_folder(
@@ -169,7 +179,7 @@ def _of_a_folder(
         raise RunError(f"{missing}; and {error}") from None
     while True:
         yield found
-        if not watch or found["state"] not in ("running", "starting"):
+        if not watch or found["state"] not in AT_WORK:
             return
         time.sleep(WATCH_SECONDS)
         found = current_status(chosen, runs_dir)
@@ -258,26 +268,32 @@ def stop(
     now: Annotated[
         bool, typer.Option("--now", help="Without draining and without a last checkpoint.")
     ] = False,
-    haste_only: Annotated[bool, typer.Option(hidden=True)] = False,
+    only_ask: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """End a run in a cluster: its actors deliver their games, a checkpoint is written, and all its processes end."""
     from distributed_muzero.cluster.control import change, joined
     from distributed_muzero.cluster.jobs import GOING_ON, Jobs, cluster_address, is_http
 
     where = cluster_address(address)
-    if haste_only:
+    if only_ask:
         with joined(where):
-            change(run, in_haste=True)
+            change(run, in_haste=now, stop=not now)
         return
     jobs = Jobs(address)
-    job = jobs.find(run)
+    job = jobs.find_or_none(run)
+    if job is None and not is_http(where):  # `train` on a node of the cluster
+        with joined(where):
+            change(run, stop=True, in_haste=now)
+        print(f"run {run} is asked to stop")
+        return
+    job = job or jobs.find(run)
     if not job.goes_on:
         raise RunError(f"run {run!r} isn't going on: it has {job.state}")
     if now:
         # A run that doesn't answer is stopped all the same, if a little later.
         with suppress(RunError, ClusterError):
             if is_http(where):
-                jobs.execute(["stop", run, "--haste-only"])
+                jobs.execute(["stop", run, "--now", "--only-ask"])
             else:
                 with joined(where):
                     change(run, in_haste=True)
@@ -286,6 +302,8 @@ def stop(
     state = jobs.wait(job.job_id, STOP_SECONDS)
     if state in GOING_ON:
         raise RunError(f"run {run!r} goes on after {STOP_SECONDS:.0f} s; look at `logs {run}`, and try --now")
+    if not jobs.has_ended_orderly(job.job_id):
+        raise RunError(f"run {run!r} was ended before it had written all; look at `logs {run}`, or resume it")
     print(f"run {run} has {state}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from distributed_muzero.cluster.jobs import Jobs, first_line
+from distributed_muzero.cluster.connect import connect
+from distributed_muzero.cluster.jobs import Jobs
 from distributed_muzero.cluster.run_control import NAMESPACE, Desired
-from distributed_muzero.errors import ClusterError, DistributedMuZeroError, RunError
+from distributed_muzero.errors import DistributedMuZeroError, RunError
 from distributed_muzero.workers.runs import last_status
 
 ANSWER_SECONDS = 20.0
@@ -22,19 +22,7 @@ ANSWER_SECONDS = 20.0
 @contextmanager
 def joined(address: str | None) -> Iterator[None]:
     """Joins the cluster whose node this is. Raises ClusterError if there is none, or it wants another token."""
-    try:
-        ray.init(
-            address=address or "auto",
-            namespace=NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"at {address}" if address else "on this machine"
-        raise ClusterError(
-            f"no Ray cluster answers {where}: {first_line(error)}; give its address with --address "
-            "http://HOST:8265, or set RAY_ADDRESS"
-        ) from None
+    connect(address or "auto")
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ calls are asynchronous: the loop waits for whichever is done first and never for
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from distributed_muzero.cluster.roles import Calls, Role
 from distributed_muzero.cluster.run_control import NAMESPACE, Desired, RunControl
 from distributed_muzero.cluster.scaling import Autoscaler
 from distributed_muzero.config import Config
-from distributed_muzero.errors import DistributedMuZeroError, RunError
+from distributed_muzero.errors import DistributedMuZeroError, RunError, first_line
 from distributed_muzero.files import folder_bytes
 from distributed_muzero.mirror.download import num_bytes_at
 from distributed_muzero.mirror.uri import join
@@ -48,6 +49,7 @@ EVALUATION_TIMEOUT_SECONDS = 3600.0  # games may be long, and a slow evaluation 
 EXCHANGE_SECONDS = 0.5
 STOP_DRAIN_SECONDS = 6.0  # for the actors' last games when the run ends
 STOP_SECONDS = 15.0  # for flushing shards and fetching the learner's state when the run ends
+RESHARD_SECONDS = 120.0  # the same, where nothing hurries
 LEAVE_SECONDS = 600.0  # for an actor's last games, while the limiter holds them back
 SHARD_RESTART_SECONDS = 60.0  # Ray's restart of a shard's process
 MAX_DOUBTS = 3  # answers of a process that are lost one after the other, before it is taken for lost itself
@@ -82,7 +84,7 @@ class Driver:
         self.desired = desired
         self.calls = Calls()
         self.published: Published | None = None
-        self.autoscaler = Autoscaler(desired.num_actors)
+        self.autoscaler = Autoscaler(desired.num_actors, desired.autoscale)
         self.control = Role("run control", lambda: control, control)
         self.shard_stats: dict[int, dict[str, float]] = {}
         self.actors: list[Role] = []
@@ -91,8 +93,8 @@ class Driver:
         self._state_is_asked = self._is_evaluating = False
         self._learner_has_begun = self._has_ended = False
         self._first_step = self._steps
-        self._num_restarts = {"actor": 0, "other": 0}
-        self._drains_until: float | None = None
+        self._reshards = False
+        self._draining_since: float | None = None
         self._next_exchange = 0.0
         self._bytes_to_fetch = 0  # by a shard, at most, before its first answer
 
@@ -123,28 +125,31 @@ class Driver:
             is_stopped = self.stop_requested() or self.desired.stop
             if is_stopped and self.desired.in_haste:
                 return Ending("a stop at once: what was learnt since the last checkpoint is lost", True)
-            is_over = is_stopped or self.desired.num_shards != self.config.replay.num_shards
-            if is_over and self._has_drained():
-                self._end()
+            if self.desired.num_shards != self.config.replay.num_shards:
+                self._reshards = True  # and is not taken back: the actors are leaving by now
+            if (is_stopped or self._reshards) and self._has_drained(is_stopped):
                 if is_stopped:
+                    self._end()
                     return Ending("a stop was asked for", True)
+                self._end(seconds=RESHARD_SECONDS)
                 self._kill_all()
                 return None
 
-    def _has_drained(self) -> bool:
+    def _has_drained(self, is_stopped: bool) -> bool:
         """Whether all games are delivered, or the time for it is over. From the first call on, nobody plays.
 
         The learner goes on meanwhile: it makes room where the limiter holds the last games back.
         """
-        if self._drains_until is None:
-            self._drains_until = time.monotonic() + STOP_DRAIN_SECONDS
+        if self._draining_since is None:
+            self._draining_since = time.monotonic()
             self._reconcile()
-        return not self.leaving or time.monotonic() > self._drains_until
+        patience = STOP_DRAIN_SECONDS if is_stopped else LEAVE_SECONDS
+        return not self.leaving or time.monotonic() > self._draining_since + patience
 
     @property
     def num_desired_actors(self) -> int:
         """As asked for, or as chosen between the limits that were; none once the run ends."""
-        if self._drains_until is not None:
+        if self._draining_since is not None:
             return 0
         if self.desired.autoscale is None:
             return self.desired.num_actors
@@ -158,8 +163,6 @@ class Driver:
             live=sum(role.working_since is not None for role in self.actors),
             draining=len(self.leaving),
             reanalysers=sum(role.working_since is not None for role in self.reanalysers),
-            restarts=self._num_restarts["actor"],
-            other_restarts=self._num_restarts["other"],
             staleness=newest - min(played, default=newest),
         )
 
@@ -210,7 +213,8 @@ class Driver:
         saved = checkpoint.latest_checkpoint(self.book.folder.checkpoints)
         handle, published = role.handle, self.published
         # A version is never given to two sets of weights; a lost learner may have been ahead of its answers.
-        version = published.version + 1 + LEARNER_CALLS_IN_FLIGHT if published else self.book.first_version
+        known = max(published.version, self.book.state.learner.weights_version) if published else 0
+        version = known + 1 + LEARNER_CALLS_IN_FLIGHT if published else self.book.first_version
         if saved is None and published is not None:
             begun = handle.start_from.remote(published.weights, published.learner_steps, version)
         else:
@@ -228,11 +232,12 @@ class Driver:
 
     def _reconcile(self) -> None:
         while len(self.actors) < self.num_desired_actors:
-            index = len(self.actors)
-            self.actors.append(role := Role(f"actor {index}", partial(self._make_actor, index)))
+            taken = {role.index for role in self.actors}
+            index = next(index for index in itertools.count() if index not in taken)
+            self.actors.append(role := Role(f"actor {index}", partial(self._make_actor, index), index=index))
             self._start(role, self._play)
         while len(self.actors) > self.num_desired_actors:
-            self._dismiss(self.actors.pop())
+            self._dismiss(last_to_keep(self.actors))
         while len(self.reanalysers) < self.desired.num_reanalysers:
             index = len(self.reanalysers)
             self.reanalysers.append(
@@ -247,7 +252,7 @@ class Driver:
             self._exchange()
         for role in self.calls.overdue():
             self._replace(role, RunError("it gave no answer in time"))
-        for role in (self.learner, *self.shards):
+        for role in (self.learner, *self.shards, *self.reanalysers):
             if role.is_long_pending(now):
                 self.book.progress.message(f"the {role.name} still waits for a node with room for it")
         is_due = self._evaluates_now() or self.book.checkpoint_is_due(self._steps)
@@ -280,10 +285,10 @@ class Driver:
         )
 
     def _dismiss(self, role: Role) -> None:
-        """Lets an actor deliver its finished games before it is ended."""
-        self.calls.forget(role)
+        """Lets an actor deliver its finished games before it is ended. What it is doing now still counts."""
+        self.actors.remove(role)
         if not role.is_ready:
-            ray.kill(role.handle)
+            self._kill(role)
             return
         role.leaves_by = time.monotonic() + LEAVE_SECONDS
         self.leaving.append(role)
@@ -322,7 +327,8 @@ class Driver:
     def _on_play(self, role: Role, report: ActorReport) -> None:
         self.book.add_actor_report(report)
         role.weights_version = report.weights_version
-        self._play(role)
+        if role in self.actors:
+            self._play(role)
 
     def _on_drained(self, role: Role, num_left: int) -> None:
         assert role.leaves_by is not None
@@ -416,7 +422,9 @@ class Driver:
 
     def _on_exchange(self, desired: Desired) -> None:
         self.desired = desired
-        if desired.autoscale is not None:
+        if desired.autoscale is None:
+            self.autoscaler.num_actors = desired.num_actors
+        else:
             has_stepped = self._steps > self._first_step
             self.autoscaler.decide(self._crew(), self.book.state.waiting, has_stepped, desired.autoscale)
 
@@ -433,7 +441,8 @@ class Driver:
         self.calls.add(role, call, on_result, timeout_seconds, shows_work)
 
     def _handle_results(self) -> None:
-        done, _ = ray.wait(self.calls.references(), num_returns=1, timeout=0.1, fetch_local=False)
+        # Answers that are large arrive meanwhile: nothing is waited for below.
+        done, _ = ray.wait(self.calls.references(), num_returns=1, timeout=0.1)
         for ready in done:
             call = self.calls.pop(ready)
             try:
@@ -461,10 +470,13 @@ class Driver:
             return
         if role in self.leaving:
             self.leaving.remove(role)
+            self.book.progress.message(
+                f"the {role.name} was lost while it delivered its last games ({first_line(error)})"
+            )
             ray.kill(role.handle)
             return
         if role.is_ready or not lost_its_node(error):  # else it never ran, and goes on waiting for a place
-            self._num_restarts["actor" if role in self.actors else "other"] += 1
+            self.book.add_restart(is_actor=role in self.actors)
             self._tell_lost(role, error)
         if lost_its_node(error):
             role.has_lost_its_node()
@@ -515,12 +527,14 @@ class Driver:
         now = time.monotonic()
         if role.lost_at is None:
             role.lost_at = now
-            self._num_restarts["other"] += 1
+            self.book.add_restart(is_actor=False)
             role.has_failed(error, now)
             self._tell_lost(role, error)
         if not isinstance(error, RayActorError):
             ray.kill(role.handle, no_restart=False)
-        if (waited := now - role.lost_at) > SHARD_RESTART_SECONDS + self._recovery_seconds(role):
+        # One that isn't bound to this node may wait for another to come.
+        is_bound = not self.config.replay.spread_shards
+        if is_bound and (waited := now - role.lost_at) > SHARD_RESTART_SECONDS + self._recovery_seconds(role):
             raise RunError(f"the {role.name} didn't come back in {waited:.0f} s, last: {error}")
 
     def _recovery_seconds(self, shard: Role) -> float:
@@ -532,13 +546,12 @@ class Driver:
         return (num_bytes + self._bytes_to_fetch) / RECOVERY_BYTES_PER_SECOND
 
     def _tell_lost(self, role: Role, error: BaseException) -> None:
-        short = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        self.book.progress.message(f"the {role.name} was lost ({short}); starting another")
+        self.book.progress.message(f"the {role.name} was lost ({first_line(error)}); starting another")
 
-    def _end(self, evaluate: bool = False) -> None:
+    def _end(self, evaluate: bool = False, seconds: float = STOP_SECONDS) -> None:
         """Saves what actors, shards and learner still have. Raises RunError if what was learnt last is lost."""
         self._has_ended = True
-        deadline = time.monotonic() + STOP_SECONDS
+        deadline = time.monotonic() + seconds
         actors = [role for role in (*self.actors, *self.leaving) if role.is_ready]
         drained = self._ask_all("actors", [role.handle.drain.remote(False) for role in actors])
         self.book.add_undelivered(sum(drained.values()))
@@ -597,6 +610,11 @@ class Driver:
             self.book.progress.message(f"the last checkpoint could not be evaluated: {error}")
 
 
+def last_to_keep(actors: list[Role]) -> Role:
+    """The actor that is missed least: one that has no process yet, then one that doesn't play, then the youngest."""
+    return min(actors, key=lambda role: (role.is_ready, role.working_since is not None, -role.index))
+
+
 def lost_its_node(error: BaseException) -> bool:
     """Whether a process is gone with its node, or was to start on one that is. The text is all that Ray tells."""
     return isinstance(error, RayActorError) and (error.preempted or "its node has died" in str(error))
@@ -615,5 +633,7 @@ def make_control(run_name: str, desired: Desired, may_exist: bool = False) -> An
 
 def first_desired(config: Config) -> Desired:
     """What a run is asked to be when it starts."""
-    actor = config.actor
-    return Desired(actor.num_actors, num_reanalysers(config), config.replay.num_shards, actor.autoscale)
+    actor, reanalyse = config.actor, num_reanalysers(config)
+    desired = Desired(actor.num_actors, reanalyse, config.replay.num_shards, actor.autoscale)
+    # A GPU's shares are dealt out when the run begins.
+    return desired if config.reanalyse.device == "cpu" else desired._replace(most_reanalysers=reanalyse)

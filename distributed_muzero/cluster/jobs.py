@@ -18,17 +18,21 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from distributed_muzero.config import Config
-from distributed_muzero.errors import ClusterError, DistributedMuZeroError, RunError
+from distributed_muzero.errors import ClusterError, DistributedMuZeroError, RunError, first_line
 
-RUN_KEY, FOLDER_KEY = "distributed_muzero_run", "distributed_muzero_runs_dir"  # in a job's metadata
+# In a job's metadata.
+RUN_KEY, FOLDER_KEY = "distributed_muzero_run", "distributed_muzero_runs_dir"
+COMMAND_KEY = "distributed_muzero_command"
 STATES = {
     JobStatus.PENDING: "pending",
     JobStatus.RUNNING: "running",
@@ -104,16 +108,24 @@ class Jobs:
 
     def find(self, run: str) -> RunJob:
         """The newest launch of a run. Raises RunError if there is none, naming those there are."""
+        if job := self.find_or_none(run):
+            return job
         jobs = self.runs()
-        for job in jobs:
-            if job.run == run:
-                return job
         names = list(dict.fromkeys(job.run for job in jobs))
         if not names:
             raise RunError(f"no run {run!r}: the cluster has no runs yet; submit one")
         close = difflib.get_close_matches(run, names, n=1, cutoff=0.5)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise RunError(f"no run {run!r} in the cluster{hint}. Newest first: {', '.join(names[:MAX_LISTED])}")
+
+    def find_or_none(self, run: str) -> RunJob | None:
+        """The newest launch of a run."""
+        return next((job for job in self.runs() if job.run == run), None)
+
+    def has_ended_orderly(self, job_id: str) -> bool:
+        """Whether the run's last word was that it has ended: one that is killed has none."""
+        ends = ("finished after", "stopped after")
+        return any(line.startswith(ends) for line in self.logs(job_id).splitlines())
 
     def submit(
         self,
@@ -129,6 +141,8 @@ class Jobs:
         options: of `train`, besides the config and the name.   packages: wheels that the job needs.   may_exist: an
         earlier launch is gone on from. Raises RunError for a name that is taken.
         """
+        with self._clear_errors():
+            taken = {job.submission_id for job in self._client.list_jobs()}
         before = [job for job in self.runs() if job.run == run]
         if before and before[0].goes_on:
             raise RunError(
@@ -142,7 +156,10 @@ class Jobs:
         if runs_dir is not None:
             command += ["--runs-dir", runs_dir]
         metadata = {RUN_KEY: run, **({FOLDER_KEY: runs_dir} if runs_dir else {})}
-        job_id = run if not before else f"{run}-launch-{len(before) + 1}"
+        names = (f"{run}-launch-{number}" for number in count(len(before) + 1))
+        job_id = next(
+            name for name in (*([] if before else [run]), *islice(names, MAX_LISTED)) if name not in taken
+        )
         with tempfile.TemporaryDirectory() as folder, self._clear_errors():
             (Path(folder) / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
             return self._start(
@@ -195,17 +212,18 @@ class Jobs:
         return state
 
     def wait_until_started(self, job_id: str, timeout_seconds: float) -> str | None:
-        """Where the run lies, once it says so; None if it says nothing in time. Raises RunError if it fails."""
+        """Where the run lies, once it says so; None if it says nothing in time.
+
+        Raises RunError if the job has ended without a start, with what it said last.
+        """
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline:
             state, output = self.state(job_id), self.logs(job_id)
             for line in output.splitlines():
                 if line.startswith("run ") and " in " in line:
                     return line.partition(" in ")[2].strip()
-            if state == "failed":
-                raise RunError(f"the run did not start: {last_error(output)}")
             if state not in GOING_ON:
-                return None
+                raise RunError(f"the run did not start, its job has {state}: {last_error(output)}")
             time.sleep(POLL_SECONDS)
         return None
 
@@ -237,7 +255,7 @@ class Jobs:
     def _command(self, arguments: Sequence[str]) -> Iterator[str]:
         """The id of a small job, which is ended and forgotten afterwards."""
         with self._clear_errors():
-            job_id = self._start(arguments)
+            job_id = self._start(arguments, metadata={COMMAND_KEY: arguments[0]})
         try:
             yield job_id
         finally:
@@ -245,8 +263,18 @@ class Jobs:
                 if self.state(job_id) in GOING_ON:
                     self.stop(job_id)
                     self.wait(job_id, REQUEST_SECONDS)
-                with self._clear_errors():
-                    self._client.delete_job(job_id)
+                self._forget_commands()
+
+    def _forget_commands(self) -> None:
+        """Also those of callers that were cut off."""
+        with self._clear_errors():
+            for job in self._client.list_jobs():
+                if (
+                    COMMAND_KEY in (job.metadata or {})
+                    and job.submission_id
+                    and STATES[job.status] not in GOING_ON
+                ):
+                    self._client.delete_job(job.submission_id)
 
     @contextmanager
     def _clear_errors(self) -> Iterator[None]:
@@ -255,12 +283,14 @@ class Jobs:
             yield
         except DistributedMuZeroError:
             raise
-        except AuthenticationError as error:
+        except (AuthenticationError, aiohttp.WSServerHandshakeError) as error:
+            if getattr(error, "status", 401) not in (401, 403):
+                raise ClusterError(f"the cluster {where} refused that: {first_line(error)}") from None
             raise ClusterError(
                 f"the cluster {where} refused the token: {first_line(error)}; put its token into ~/.ray/auth_token or "
                 "RAY_AUTH_TOKEN and set RAY_AUTH_MODE=token"
             ) from None
-        except (ConnectionError, requests.exceptions.RequestException) as error:
+        except (ConnectionError, requests.exceptions.RequestException, aiohttp.ClientError) as error:
             raise ClusterError(
                 f"no Ray cluster answers {where}: {first_line(error)}; give its address with --address "
                 "http://HOST:8265 (`ray dashboard cluster.yaml` opens a tunnel to it), or set RAY_ADDRESS"
@@ -318,10 +348,6 @@ def last_error(output: str) -> str:
     if errors:
         return "\n".join(lines[errors[-1] :]).removeprefix("error: ")
     return "\n".join(lines[-10:]) or "it printed nothing; `ray job list` on the head node may tell why"
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def iso_time(seconds: float | None) -> str | None:

@@ -22,7 +22,7 @@ class Role:
     name: str
     make: Callable[[], Any]  # -> handle
     handle: Any = None
-    num_starts: int = 0
+    index: int = 0  # among its kind
     pending_since: float = math.inf
     is_ready: bool = False  # its process is there; before, it waits for a node that has room, or starts
     num_doubts: int = 0  # its answers that were lost since the last one that came
@@ -37,7 +37,6 @@ class Role:
         self.is_ready = False
         self.num_doubts = 0
         self.pending_since = time.monotonic()
-        self.num_starts += 1
 
     def is_long_pending(self, now: float) -> bool:
         """True once for each start that has taken so long."""

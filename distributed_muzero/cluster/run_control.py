@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, NamedTuple
 
 import ray
@@ -9,6 +10,8 @@ import ray
 from distributed_muzero.errors import RunError
 
 MAX_PROCESSES = 10_000  # of one kind
+MAX_SHARDS = 256  # they live beside the driver
+HASTE_SECONDS = 30.0  # after which a stop that didn't come is forgotten
 NAMESPACE = "distributed_muzero"
 
 
@@ -19,6 +22,7 @@ class Desired(NamedTuple):
     num_reanalysers: int
     num_shards: int
     autoscale: tuple[int, int] | None = None  # fewest and most actors; the driver chooses then
+    most_reanalysers: int = MAX_PROCESSES  # fewer where they share a GPU
     stop: bool = False
     in_haste: bool = False  # a stop is to leave out draining and the last checkpoint
     shards_stay: bool = False  # as many as there are: they can't be laid out anew at a URI
@@ -27,9 +31,13 @@ class Desired(NamedTuple):
         """With other values. Raises RunError for those that this run can't have."""
         numbers = {name: wishes[name] for name in wishes if name.startswith("num_")}
         for name, number in numbers.items():
-            if not 1 <= number <= MAX_PROCESSES:
-                what = name.removeprefix("num_")
-                raise RunError(f"{number} {what}: expected 1 to {MAX_PROCESSES}")
+            most = {"num_shards": MAX_SHARDS, "num_reanalysers": self.most_reanalysers}.get(
+                name, MAX_PROCESSES
+            )
+            if not 1 <= number <= most:
+                raise RunError(f"{number} {name.removeprefix('num_')}: this run can have 1 to {most}")
+        if (wishes.get("autoscale") or (1, 1))[1] > MAX_PROCESSES:
+            raise RunError(f"at most {wishes['autoscale'][1]} actors: expected at most {MAX_PROCESSES}")
         if self.num_actors == 0 and ("num_actors" in wishes or wishes.get("autoscale")):
             raise RunError(
                 "this run learns from stored episodes alone; start another without --offline to play"
@@ -53,10 +61,13 @@ class RunControl:
     def __init__(self, desired: Desired):
         self.desired = desired
         self.status: dict[str, Any] = {}
+        self._hasty_since = 0.0
 
     def exchange(self, status: dict[str, Any]) -> Desired:
         """The driver's call: leaves the newest status, takes the desired state."""
         self.status = status
+        if time.monotonic() - self._hasty_since > HASTE_SECONDS:
+            self.desired = self.desired._replace(in_haste=False)
         return self.desired
 
     def get_status(self) -> dict[str, Any]:
@@ -64,5 +75,9 @@ class RunControl:
 
     def set_desired(self, **wishes: Any) -> Desired:
         """An outsider's call, with fields of `Desired`; returns the whole desired state. Raises RunError."""
+        if "autoscale" in wishes and wishes["autoscale"] is None and self.status:
+            wishes.setdefault("num_actors", self.status["actors"]["desired"])  # as many as were chosen last
         self.desired = self.desired.changed(**wishes)
+        if wishes.get("in_haste"):
+            self._hasty_since = time.monotonic()
         return self.desired

@@ -41,22 +41,28 @@ def desired_actors(num_actors: int, waiting: Waiting, limits: tuple[int, int]) -
 class Autoscaler:
     """Decides anew whenever it has seen enough of the last decision's effect."""
 
-    def __init__(self, num_actors: int):
-        self.num_actors = num_actors
+    def __init__(self, num_actors: int, limits: tuple[int, int] | None = None):
+        self.num_actors = min(max(num_actors, limits[0]), limits[1]) if limits else num_actors
         self._before = Waiting()
+        self._num_live: int | None = None
 
     def decide(self, crew: Crew, waiting: Waiting, learner_has_stepped: bool, limits: tuple[int, int]) -> int:
         """The actors to ask for now.
 
-        waiting: since the launch. Nothing is measured while actors come or go, or before the learner's first step: a
-        replay that is still filling tells nothing.
+        waiting: since the launch. Nothing is measured while the number at work changes, or before the learner's first
+        step: a replay that is still filling tells nothing. Pending actors may be so for ever: others are not asked for
+        meanwhile, but fewer may be.
         """
         self.num_actors = min(max(self.num_actors, limits[0]), limits[1])
-        if crew.pending or crew.draining or not learner_has_stepped:
+        has_changed = self._num_live not in (None, crew.live)
+        self._num_live = crew.live
+        if has_changed or not crew.live or crew.draining or not learner_has_stepped:
             self._before = waiting
             return self.num_actors
         measured = waiting.since(self._before)
         if measured.learner_seconds >= MEASURE_SECONDS:
-            self.num_actors = desired_actors(crew.live, measured, limits)
+            wanted = desired_actors(crew.live, measured, limits)
+            if not crew.pending or wanted < crew.live:
+                self.num_actors = wanted
             self._before = waiting
         return self.num_actors

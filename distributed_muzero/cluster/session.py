@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
+from distributed_muzero.cluster.connect import connect
 from distributed_muzero.cluster.driver import Driver, first_desired, make_control
 from distributed_muzero.cluster.jobs import is_http
-from distributed_muzero.cluster.run_control import NAMESPACE
+from distributed_muzero.cluster.run_control import Desired
 from distributed_muzero.config import Config
-from distributed_muzero.errors import ClusterError
+from distributed_muzero.errors import ClusterError, LogError
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import num_reanalysers
 from distributed_muzero.workers.layout import lay_out, with_shards
 from distributed_muzero.workers.run_state import Ending
 
+EXCHANGE_SECONDS = 10.0
 SHARDS_END_SECONDS = 15.0  # until killed shards have let go of their logs
 
 
@@ -32,17 +34,37 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
             driver = Driver(config, run_name, book, stop_requested, desired, control)
             if ending := driver.run():
                 return ending
-            desired, control = driver.desired, driver.control.handle
-            config = with_shards(config, desired.num_shards)
-            book.progress.message(f"laying out the replay for {desired.num_shards} shards")
-            lay_out(book.folder.replay, config, SHARDS_END_SECONDS)
-            book.change_config(config)
+            control = driver.control.handle
+            # The number that was chosen goes on, where one was.
+            desired = driver.desired._replace(num_actors=driver.autoscaler.num_actors)
+            desired = change_shards(book, desired, control)
+            config = book.config
+            if stop_requested():
+                return Ending("a stop was asked for", True)
+
+
+def change_shards(book: Bookkeeper, desired: Desired, control: Any) -> Desired:
+    """Lays the replay out for as many shards as are desired; where that fails, the run goes on with those it had."""
+    book.progress.message(f"laying out the replay for {desired.num_shards} shards")
+    ray.wait([control.exchange.remote({**book.status, "state": "laying out"})], timeout=EXCHANGE_SECONDS)
+    config = with_shards(book.config, desired.num_shards)
+    try:
+        lay_out(book.folder.replay, config, SHARDS_END_SECONDS)
+    except LogError as error:
+        before = book.config.replay.num_shards
+        book.progress.message(f"the run goes on with {before} shards: {error}")
+        ray.wait([control.set_desired.remote(num_shards=before)], timeout=EXCHANGE_SECONDS)
+        lay_out(book.folder.replay, book.config)
+        config, desired = book.config, desired._replace(num_shards=before)
+    book.change_config(config)
+    return desired
 
 
 def num_cpus(config: Config) -> int:
     """That a run's processes ask Ray for."""
     num_shards = config.replay.num_shards if config.replay.spread_shards else 0
-    return config.actor.num_actors + num_reanalysers(config) + num_shards
+    num_actors = max(config.actor.num_actors, *(config.actor.autoscale or (0,)))
+    return num_actors + num_reanalysers(config) + num_shards
 
 
 @contextmanager
@@ -59,18 +81,7 @@ def ray_session(num_cpus: int, **options: object) -> Iterator[None]:
         # Every actor asks for a whole CPU; on a small machine they share what is there.
         options = {"num_cpus": max(os.cpu_count() or 1, num_cpus), "include_dashboard": False, **options}
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(
-            address=address or "local",
-            namespace=NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **options,  # type: ignore[arg-type]
-        )
-    except ConnectionError as error:
-        raise ClusterError(
-            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}; unset it to start one here"
-        ) from None
+    connect(address or "local", **options)
     signal.signal(signal.SIGTERM, before)  # ray.init puts its own handler there, which exits at once
     try:
         yield

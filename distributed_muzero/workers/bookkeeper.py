@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +91,7 @@ class Bookkeeper:
         self.copies = copies
         self._shards: Sequence[Mapping[str, float]] = ()
         self._crew = Crew(0)
-        self._undelivered = 0
+        self._undelivered = self._actor_restarts = self._other_restarts = 0
         self._actor_starts: Counter[int] = Counter()
         self.status: dict[str, Any] = {}
         # Of this launch's weights: a version is never given to two sets of weights.
@@ -105,6 +106,10 @@ class Bookkeeper:
         """Of the actor with this index: episode ids that it gives are never given again."""
         self._actor_starts[actor] += 1
         return self.launch.number * INCARNATIONS_A_LAUNCH + self._actor_starts[actor] - 1
+
+    def add_restart(self, is_actor: bool) -> None:
+        self._actor_restarts += is_actor
+        self._other_restarts += not is_actor
 
     def add_undelivered(self, num_episodes: int) -> None:
         """Counts finished games that are lost, as the shards didn't take them while their actor lived."""
@@ -194,7 +199,7 @@ class Bookkeeper:
                 "actors/live": crew.live,
                 "actors/pending": crew.pending,
                 "actors/draining": crew.draining,
-                "actors/restarts": crew.restarts,
+                "actors/restarts": self._actor_restarts,
                 "actors/staleness": crew.staleness,
                 "actors/undelivered_episodes": self._undelivered,
             }
@@ -286,9 +291,10 @@ class Bookkeeper:
             "learner_waiting": metrics.get("train/waiting"),
             "mean_return": metrics.get("rollout/ep_rew_mean"),
             "evaluation": state.evaluation and state.evaluation["mean_return"],
-            "restarts": crew.restarts + crew.other_restarts,
+            "restarts": self._actor_restarts + self._other_restarts,
             "undelivered_episodes": self._undelivered,
             "seconds": round(state.seconds, 1),
+            "updated": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         }
         if self.copies:
             self.status["copy"] = self.copies.state(self._shards)

@@ -57,8 +57,6 @@ class Crew(NamedTuple):
     live: int = 0  # of them, those that play
     draining: int = 0  # actors that leave once their finished games are stored
     reanalysers: int = 0
-    restarts: int = 0  # of actors
-    other_restarts: int = 0
     staleness: int = 0  # the learner's weights version minus the oldest one that an actor played with last
 
     @property

@@ -68,6 +68,7 @@ def test_it_decides_when_it_has_seen_enough():
     autoscaler = Autoscaler(4)
     assert decide(autoscaler, MEASURE_SECONDS - 1) == 4
     assert decide(autoscaler, MEASURE_SECONDS) == 8
+    assert decide(autoscaler, MEASURE_SECONDS, Crew(8, live=8)) == 8  # as many are measured from now on
     assert decide(autoscaler, 2 * MEASURE_SECONDS - 1, Crew(8, live=8)) == 8
     assert decide(autoscaler, 2 * MEASURE_SECONDS, Crew(8, live=8)) == 16
 
@@ -91,9 +92,23 @@ def test_it_holds_while(why):
 def test_what_was_waited_while_actors_came_is_not_counted():
     autoscaler = Autoscaler(4)
     before = 10 * MEASURE_SECONDS
-    assert decide(autoscaler, before, Crew(4, live=1)) == 4
+    assert decide(autoscaler, 0, Crew(4, live=1)) == 4
+    assert decide(autoscaler, before, Crew(4, live=4)) == 4
     assert decide(autoscaler, before + MEASURE_SECONDS - 1) == 4
     assert decide(autoscaler, before + MEASURE_SECONDS) == 8
+
+
+def test_actors_that_never_find_a_place_keep_it_from_asking_for_more_and_not_from_asking_for_fewer():
+    autoscaler = Autoscaler(64)
+    stuck = Crew(64, live=40)
+    assert decide(autoscaler, MEASURE_SECONDS, stuck, learner=0.5) == 64
+    assert decide(autoscaler, 2 * MEASURE_SECONDS, stuck, learner=0.0, actors=0.4) < 40
+
+
+def test_the_first_number_is_inside_the_limits():
+    assert Autoscaler(32, (2, 8)).num_actors == 8
+    assert Autoscaler(1, (2, 8)).num_actors == 2
+    assert Autoscaler(32).num_actors == 32
 
 
 class TinyRun:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from distributed_muzero.cluster.driver import first_desired, last_to_keep
 from distributed_muzero.cluster.placement import gpu_share
 from distributed_muzero.cluster.roles import MAX_FAILURES_IN_A_ROW, STEADY_SECONDS, Role
+from distributed_muzero.cluster.run_control import Desired
 from distributed_muzero.config import make_config
 from distributed_muzero.errors import RunError
 
@@ -69,3 +71,53 @@ def test_everybody_who_uses_a_gpu_finds_a_place_on_one(num_gpus, learner, reanal
         "reanalyse": {"ratio": 0.5, "device": reanalyse, "num_workers": num_workers},
     }
     assert gpu_share(make_config(sections), num_gpus) == share
+
+
+def test_actors_that_dont_play_are_the_first_to_go():
+    playing = [Role(f"actor {i}", lambda: None, index=i, is_ready=True, working_since=1.0) for i in range(3)]
+    starting = Role("actor 1", lambda: None, index=1, is_ready=True)
+    pending = [Role(f"actor {i}", lambda: None, index=i) for i in (0, 4)]
+    actors = [*playing, starting, *pending]
+    order = []
+    while actors:
+        order.append(last_to_keep(actors))
+        actors.remove(order[-1])
+    assert order == [pending[1], pending[0], starting, playing[2], playing[1], playing[0]]
+
+
+def wish(before=(4, 2, 3), **wishes):
+    return Desired(*before).changed(**wishes)
+
+
+def test_a_number_that_is_asked_for_ends_the_choosing():
+    chosen = wish(autoscale=(2, 8))
+    assert chosen.autoscale == (2, 8)
+    assert chosen.changed(num_actors=5) == Desired(5, 2, 3)
+    assert chosen.changed(num_reanalysers=1).autoscale == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("before", "wishes", "message"),
+    [
+        ((4, 2, 3), {"num_actors": 0}, "0 actors: this run can have 1 to 10000"),
+        ((4, 2, 3), {"num_shards": 10_000}, "this run can have 1 to 256"),
+        ((4, 2, 3), {"autoscale": (1, 10**6)}, "expected at most 10000"),
+        ((0, 2, 3), {"num_actors": 4}, "learns from stored episodes alone"),
+        ((0, 2, 3), {"autoscale": (1, 4)}, "learns from stored episodes alone"),
+        ((4, 0, 3), {"num_reanalysers": 1}, "reanalyse.ratio is 0"),
+    ],
+)
+def test_what_a_run_can_not_be_is_refused(before, wishes, message):
+    with pytest.raises(RunError, match=message):
+        wish(before, **wishes)
+
+
+def test_reanalysers_on_a_gpu_have_the_places_that_the_run_began_with():
+    sections = {
+        "environment": {"id": "chain"},
+        "reanalyse": {"ratio": 0.5, "device": "auto", "num_workers": 2},
+    }
+    desired = first_desired(make_config(sections))
+    assert desired.changed(num_reanalysers=1).num_reanalysers == 1
+    with pytest.raises(RunError, match="3 reanalysers: this run can have 1 to 2"):
+        desired.changed(num_reanalysers=3)

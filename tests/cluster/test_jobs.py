@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from distributed_muzero import checkpoint
+from distributed_muzero.chaos.history import check
 from distributed_muzero.cluster.jobs import (
     STOP_WAIT_SECONDS,
     cluster_address,
@@ -29,10 +30,14 @@ from distributed_muzero.cluster.jobs import (
     last_json,
 )
 from distributed_muzero.errors import ClusterError
-from distributed_muzero.replay.inspection import replay_stats
+from distributed_muzero.run_folder import open_run
 from tests.processes import command, descendants, wait_for
 
-FOREVER = ("--set", "run.max_train_steps=null", "--max-minutes", 5)
+# Few samples an insert: the limiter lets drained actors go soon.
+FOREVER = (
+    "--set", "run.max_train_steps=null", "--max-minutes", 5, "--set", "replay.samples_per_insert=4",
+)  # fmt: skip
+RECORDED = ("--set", "actor.record_history=true")
 COIN = """
 import numpy as np
 from distributed_muzero.environments.base import EnvironmentSpec
@@ -92,6 +97,15 @@ class Cluster(NamedTuple):
         """As on a node."""
         return self.run(*arguments, "--address", self.gcs, **options)
 
+    def start(self, *arguments: object) -> subprocess.Popen[str]:
+        """From outside, to be waited for."""
+        return subprocess.Popen(
+            command(*arguments, "--address", self.http),
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self.environment,
+        )
+
     def status(self, run: str) -> dict[str, Any]:
         return json.loads(self.inside("status", run, "--json").stdout)
 
@@ -115,7 +129,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    ports = [free_port() for _ in range(2)]
+    ports = [free_port() for _ in range(3)]
     # Sockets live in Ray's folder, and their paths may not be longer than 107 bytes.
     with tempfile.TemporaryDirectory(prefix="dm", dir="/tmp", ignore_cleanup_errors=True) as folder:
         runs_dir = Path(folder) / "runs"
@@ -130,7 +144,8 @@ def cluster() -> Iterator[Cluster]:
         head = subprocess.Popen(
             [
                 str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
-                f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--dashboard-host=127.0.0.1", "--num-cpus=6",
+                f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--dashboard-host=127.0.0.1",
+                f"--dashboard-agent-listen-port={ports[2]}", "--num-cpus=6",
                 "--object-store-memory=200000000", "--disable-usage-stats", f"--temp-dir={folder}/ray",
             ],
             env=environment,
@@ -170,7 +185,7 @@ class TestALifeFromOutside:
 
     def test_submit_status_scale_stop(self, cluster):
         submitted = cluster.outside(
-            "submit", "--preset", "debug", "--name", "life", "--actors", 2, *FOREVER, "--json"
+            "submit", "--preset", "debug", "--name", "life", "--actors", 2, *FOREVER, *RECORDED, "--json"
         )
         found = json.loads(submitted.stdout)
         assert found == {"run": "life", "job": "life", "folder": str(cluster.runs_dir / "life")}
@@ -192,9 +207,15 @@ class TestALifeFromOutside:
         assert cluster.status("life")["undelivered_episodes"] == 0
 
         assert "run life in" in cluster.outside("logs", "life").stdout
+        watching = cluster.start("status", "life", "--watch", "--json")
+        following = cluster.start("logs", "life", "-f")
         assert len(cluster.workers("life")) >= 5
         assert "run life has stopped" in cluster.outside("stop", "life").stdout
         wait_for("its processes' end", lambda: not cluster.workers("life"))
+        seen, _ = watching.communicate(timeout=60)
+        assert json.loads(seen.splitlines()[-1])["state"] == "stopped"
+        assert "stopped after" in following.communicate(timeout=60)[0]
+        assert (watching.returncode, following.returncode) == (0, 0)
         saved = checkpoint.latest_checkpoint(cluster.runs_dir / "life" / "checkpoints")
         last = cluster.status("life")
         assert last["state"] == "stopped"
@@ -205,10 +226,11 @@ class TestALifeFromOutside:
     def test_a_stopped_run_is_resumed_with_other_shards_and_rays_own_stop_writes_a_checkpoint(self, cluster):
         folder = cluster.runs_dir / "life"
         before = cluster.status("life")
-        episodes = replay_stats(folder / "replay")["total"]["episodes"]
         taken = cluster.outside("submit", "--preset", "debug", "--name", "life", expect=2)
         assert "exists (stopped); choose another --name, or go on with it: --resume auto" in taken.stderr
-        cluster.outside("submit", "--preset", "debug", "--name", "life", "--resume", "auto", *FOREVER)
+        cluster.outside(
+            "submit", "--preset", "debug", "--name", "life", "--resume", "auto", *FOREVER, *RECORDED
+        )
         wait_for(
             "more steps", lambda: cluster.status("life").get("learner_steps", 0) > before["learner_steps"]
         )
@@ -229,8 +251,11 @@ class TestALifeFromOutside:
         assert (last["state"], last["shards"]) == ("stopped", 3)
         saved = checkpoint.latest_checkpoint(folder / "checkpoints")
         assert saved is not None and saved.step == last["learner_steps"]
-        assert replay_stats(folder / "replay")["total"]["episodes"] >= episodes
-        assert cluster.run("replay", "verify", "life").returncode == 0
+        cluster.run("replay", "verify", "life")
+        shards = sorted((folder / "replay").glob("shard_*"))
+        capacity = open_run(folder).config.replay.max_transitions // 3
+        verdict = check(sorted((folder / "history").glob("*.jsonl")), shards, capacity=capacity)
+        assert verdict.acknowledged > 0 and verdict.is_good, verdict
         lines = [json.loads(line) for line in cluster.outside("runs", "--json").stdout.splitlines()]
         assert [(line["job"], line["state"]) for line in lines if line["run"] == "life"] == [
             ("life-launch-2", "stopped"),
@@ -259,7 +284,7 @@ class TestALifeFromOutside:
     def test_a_run_that_cannot_start_says_why(self, cluster):
         (cluster.runs_dir / "there" / "checkpoints").mkdir(parents=True)
         refused = cluster.outside("submit", "--preset", "debug", "--name", "there", expect=2)
-        assert "did not start: run 'there' exists already" in refused.stderr
+        assert "did not start, its job has failed: run 'there' exists already" in refused.stderr
 
 
 class TestMistakes:
@@ -270,6 +295,10 @@ class TestMistakes:
         assert "refused the token" in wrong.stderr
         none = cluster.outside("submit", "--preset", "debug", expect=2, RAY_AUTH_MODE="disabled")
         assert "refused the token" in none.stderr and "RAY_AUTH_TOKEN" in none.stderr
+
+    def test_a_wrong_token_on_a_node(self, cluster):
+        answer = cluster.inside("scale", "x", "--actors", 2, expect=2, RAY_AUTH_TOKEN=secrets.token_hex(32))
+        assert "another token than this one may be the cause" in answer.stderr
 
     def test_no_cluster_there(self, cluster):
         answer = cluster.run("runs", "--address", f"http://127.0.0.1:{free_port()}", expect=2)
@@ -300,6 +329,7 @@ class TestMistakes:
         (["submit", "--preset", "debug", "--package", "folder"], "expected a wheel"),
         (["submit", "--preset", "debug", "--resume", "auto"], "give it with --name"),
         (["submit"], "exactly one of --preset"),
+        (["submit", "--preset", "debug", "--runs-dir", "runs"], "expected an absolute path on the cluster"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_any_cluster_is_asked(arguments, message):

@@ -1,0 +1,36 @@
+"""Joining a Ray, with errors that a person can act on."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import ray
+from ray.exceptions import AuthenticationError
+
+from distributed_muzero.cluster.run_control import NAMESPACE
+from distributed_muzero.errors import ClusterError, first_line
+
+
+def connect(address: str, **options: Any) -> None:
+    """`ray.init` at `address`: HOST:PORT of a cluster whose node this is, `auto`, or `local` for a new one.
+
+    Raises ClusterError if no cluster answers there, or it wants another token.
+    """
+    try:
+        ray.init(
+            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options
+        )
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
+        # Ray reports a token that the cluster refuses as a cluster that doesn't answer.
+        has_token = "another token than this one may be the cause" if uses_token() else "it may want a token"
+        raise ClusterError(
+            f"no Ray cluster answers at {address}: {first_line(error)}; give its address with --address "
+            f"http://HOST:8265 or RAY_ADDRESS. If it is up, {has_token}: RAY_AUTH_MODE=token, with RAY_AUTH_TOKEN or "
+            "~/.ray/auth_token"
+        ) from None
+
+
+def uses_token() -> bool:
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
