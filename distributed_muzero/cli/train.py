@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from distributed_muzero.workers.run_state import Ending
     from distributed_muzero.workers.runs import Opened
 
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for a job's command
 FINAL_EVALUATION_STREAM = 10**12  # no evaluation during training used these seeds: theirs are learner steps
 RELOCATED_VERSIONS = 10**6  # of the weights: more than a launch gives out between two copies
 
@@ -57,13 +58,16 @@ def train(
         max_minutes, stop_at_return, set_, resume, offline,
     )  # fmt: skip
     chosen = choices.make_config()
+    check_place(runs_dir)
     datasets = [dataset_path(text) for text in offline or []]
     if resume is not options.Resume.auto:
         run_training(chosen, name, runs_dir, in_process, datasets)
         return
     assert name is not None
     try:
-        run_training(chosen, name, runs_dir, in_process, datasets, may_exist=True, take_over=take_over)
+        # An earlier launch may have been scaled: its number of shards counts, unless another is asked for here.
+        asks = shards is not None or "num_shards" in parse_overrides(set_ or []).get("replay", {})
+        run_training(chosen, name, runs_dir, in_process, datasets, True, take_over, keeps_shards=not asks)
     except RunIsOver as over:
         print(f"nothing is left to do: {over}")
 
@@ -108,6 +112,17 @@ def resume(
     train_in(opened(run, runs_dir, tell, take_over), change, in_process)
 
 
+def check_place(runs_dir: str) -> None:
+    """Raises RunError for a folder that a cluster's job must not use: its own is removed after it."""
+    from distributed_muzero.mirror.uri import is_uri
+
+    if IN_A_JOB in os.environ and not is_uri(runs_dir) and not Path(runs_dir).is_absolute():
+        raise RunError(
+            f"the runs folder {runs_dir} would lie in this job's own folder, which goes with it: give an absolute path "
+            f"or a URI with --runs-dir, or set {options.RUNS_DIR_VARIABLE} on the cluster's nodes"
+        )
+
+
 def tell(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -128,11 +143,13 @@ def run_training(
     datasets: list[Path],
     may_exist: bool = False,
     take_over: bool = False,
+    keeps_shards: bool = False,
 ) -> None:
     """Makes the run, or goes on with it if it `may_exist`, fills it with the datasets' episodes, and trains."""
     from distributed_muzero.environments.registry import make_environment
     from distributed_muzero.networks.registry import check_name
     from distributed_muzero.replay.dataset import check_datasets
+    from distributed_muzero.workers.layout import with_shards
     from distributed_muzero.workers.runs import created, names_in, opened
 
     # What can't be made must not leave a run's folder behind.
@@ -144,7 +161,11 @@ def run_training(
         run = opened(name, runs_dir, tell, take_over)
     else:
         run = created(runs_dir, name, config)
-    train_in(run, lambda _: config, in_process, datasets)
+
+    def change(stored: Config) -> Config:
+        return with_shards(config, stored.replay.num_shards) if keeps_shards else config
+
+    train_in(run, change, in_process, datasets)
 
 
 def train_in(

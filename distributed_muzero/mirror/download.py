@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distributed_muzero.errors import RunError
 from distributed_muzero.files import sync_folder
-from distributed_muzero.mirror.plan import Unsteady, download_order, is_copied
+from distributed_muzero.mirror.plan import Unsteady, download_order, is_copied, usable
 from distributed_muzero.mirror.remote import Remote, RemoteError
 from distributed_muzero.mirror.uri import shown
 
@@ -83,7 +83,7 @@ def download(remote: Remote, folder: Path, exclude: Collection[str] = ()) -> lis
     """
     for _ in range(MAX_TRIES):
         folder.mkdir(parents=True, exist_ok=True)
-        names = sorted(remote_files(remote, exclude), key=download_order)
+        names = sorted(usable(remote_files(remote, exclude)), key=download_order)
         if all(_download_one(remote, name, folder / name) for name in names):
             _sync_folders(folder, names)
             return names

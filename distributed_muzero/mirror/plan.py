@@ -85,6 +85,11 @@ def removal_order(name: str) -> tuple[bool, str]:
     return PurePosixPath(name).name != "DONE", name
 
 
+def usable(names: Collection[str]) -> list[str]:
+    """Without the files of checkpoints that are still being copied: the first one would have none before it."""
+    return [name for name in names if (folder := checkpoint_of(name)) is None or f"{folder}/DONE" in names]
+
+
 def download_order(name: str) -> tuple[int, str]:
     """The other way round: what the journal speaks of is there when the episodes' turn comes."""
     return -stage(name), name

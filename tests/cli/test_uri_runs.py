@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from distributed_muzero import checkpoint
@@ -16,6 +17,7 @@ from distributed_muzero.cluster.program import ReplayShardWorker
 from distributed_muzero.cluster.run_control import Desired
 from distributed_muzero.config import make_config
 from distributed_muzero.errors import RunError
+from distributed_muzero.mirror.download import fetch
 from distributed_muzero.mirror.uri import local_runs_dir
 from distributed_muzero.replay.inspection import list_all_held
 from distributed_muzero.run_folder import create_run
@@ -225,6 +227,23 @@ def test_a_run_at_a_uri_is_not_scaled_to_other_shards():
     assert desired.changed(num_shards=2, num_actors=3).num_actors == 3
     with pytest.raises(RunError, match="has 2 replay shards and keeps them"):
         desired.changed(num_shards=3)
+
+
+def test_the_first_checkpoint_counts_once_it_is_copied_whole(there, tmp_path):
+    run, copied = tmp_path / "run", Path(there[7:], "r")
+    checkpoint.write_checkpoint(run / "checkpoints", 5, {"weights": {"w": np.ones(3)}}, {})
+    copies = Copies(run, f"{there}/r")
+    copies.claim()
+    copies.push()
+    (copied / "checkpoints/step_00000005/DONE").rename(tmp_path / "DONE")
+    # As a kill leaves it while the first checkpoint is copied.
+    fetched = fetch(f"{there}/r", tmp_path / "read")
+    assert checkpoint.latest_checkpoint(fetched / "checkpoints") is None
+    Copies(tmp_path / "b", f"{there}/r").claim()
+    assert checkpoint.latest_checkpoint(tmp_path / "b/checkpoints") is None
+    (tmp_path / "DONE").rename(copied / "checkpoints/step_00000005/DONE")
+    fetched = fetch(f"{there}/r", tmp_path / "read")
+    assert checkpoint.latest_checkpoint(fetched / "checkpoints").step == 5
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "1e9"])

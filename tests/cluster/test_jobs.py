@@ -290,6 +290,11 @@ class TestALifeFromOutside:
 class TestMistakes:
     pytestmark = cluster_test
 
+    def test_a_runs_folder_that_would_go_with_the_job(self, cluster):
+        assert "goes with it: give an absolute path" in cluster.run(
+            "train", "--preset", "debug", "--runs-dir", "runs", expect=2, RAY_JOB_CONFIG_JSON_ENV_VAR="{}"
+        ).stderr  # fmt: skip
+
     def test_a_wrong_token_and_none(self, cluster):
         wrong = cluster.outside("runs", expect=2, RAY_AUTH_TOKEN=secrets.token_hex(32))
         assert "refused the token" in wrong.stderr

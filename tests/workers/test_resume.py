@@ -70,7 +70,7 @@ def test_it_learns_on_from_the_checkpoints_weights(run):
     saved = checkpoint.latest_checkpoint(run.checkpoints)
     with Progress(limits=run.config.run) as progress:
         book = Bookkeeper(run.config, run, progress, launch=run.begin_launch())
-        assert train(run.config, run.name, book, lambda: True) == "a stop was asked for"
+        assert train(run.config, run.name, book, lambda: True).was_stopped
         book.close("stopped")
     after = checkpoint.latest_checkpoint(run.checkpoints)
     assert after.state["weights_version"] > saved.state["weights_version"]
