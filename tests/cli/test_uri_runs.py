@@ -231,6 +231,8 @@ def test_a_run_at_a_uri_is_not_scaled_to_other_shards():
 
 def test_the_first_checkpoint_counts_once_it_is_copied_whole(there, tmp_path):
     run, copied = tmp_path / "run", Path(there[7:], "r")
+    run.mkdir()
+    (run / "config.yaml").write_text("{}")
     checkpoint.write_checkpoint(run / "checkpoints", 5, {"weights": {"w": np.ones(3)}}, {})
     copies = Copies(run, f"{there}/r")
     copies.claim()
