@@ -10,7 +10,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,16 +18,10 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from distributed_muzero import checkpoint
-from distributed_muzero.cluster.placement import beside_driver, gpu_share, shard_options
-from distributed_muzero.cluster.program import (
-    ActorWorker,
-    EvaluatorWorker,
-    LearnerWorker,
-    ReanalyserWorker,
-    ReplayShardWorker,
-)
+from distributed_muzero.cluster.ending import ask_all, last_evaluation, last_state
+from distributed_muzero.cluster.makers import Makers, make_control
 from distributed_muzero.cluster.roles import Calls, Role
-from distributed_muzero.cluster.run_control import NAMESPACE, Desired, RunControl
+from distributed_muzero.cluster.run_control import Desired
 from distributed_muzero.cluster.scaling import Autoscaler
 from distributed_muzero.config import Config
 from distributed_muzero.errors import DistributedMuZeroError, RunError, first_line
@@ -36,7 +29,6 @@ from distributed_muzero.files import folder_bytes
 from distributed_muzero.mirror.download import num_bytes_at
 from distributed_muzero.mirror.uri import join
 from distributed_muzero.workers.bookkeeper import Bookkeeper
-from distributed_muzero.workers.builder import num_reanalysers
 from distributed_muzero.workers.run_copy import LAST_PUSH_SECONDS
 from distributed_muzero.workers.run_state import ActorReport, Crew, Ending, LearnerReport
 
@@ -87,6 +79,8 @@ class Driver:
         self.autoscaler = Autoscaler(desired.num_actors, desired.autoscale)
         self.control = Role("run control", lambda: control, control)
         self.shard_stats: dict[int, dict[str, float]] = {}
+        self.makers = Makers(config, run_name, book)
+        self.learner, self.evaluator = self.makers.learner(), self.makers.evaluator()
         self.actors: list[Role] = []
         self.leaving: list[Role] = []
         self.reanalysers: list[Role] = []
@@ -169,36 +163,13 @@ class Driver:
     # What runs ------------------------------------------------------------------------------------------------
 
     def _create(self) -> None:
-        config, name = self.config, self.run_name
         if self.book.copies:
             self._bytes_to_fetch = num_bytes_at(join(self.book.copies.uri, "replay"))
-        options = shard_options(config)
-        self.shards = [
-            Role(f"replay shard {index}", partial(self._make_shard, index, options))
-            for index in range(config.replay.num_shards)
-        ]
+        self.shards = self.makers.shards
         for role in self.shards:
             self._start(role)
-        self._shard_handles = [role.handle for role in self.shards]
-        self.gpu_share = gpu_share(config, int(ray.cluster_resources().get("GPU", 0)))
-        on_gpu = {"num_gpus": self.gpu_share}
-        self.learner_is_elsewhere = self.gpu_share > 0 and config.learner.device != "cpu"
-        learner_options = on_gpu if self.learner_is_elsewhere else beside_driver()
-        self.learner = Role(
-            "learner",
-            lambda: LearnerWorker.options(**learner_options).remote(config, name, self._shard_handles),
-        )
-        self.evaluator = Role(
-            "evaluator", lambda: EvaluatorWorker.options(**beside_driver()).remote(config, name)
-        )
         self._start_learner()
         self._reconcile()
-
-    def _make_shard(self, index: int, options: dict[str, Any]) -> Any:
-        copies = self.book.copies
-        return ReplayShardWorker.options(**options).remote(
-            self.config, self.run_name, index, self.book.folder.replay, copies and copies.owned
-        )
 
     def _start(self, role: Role, begin: Callable[[Role], object] = lambda _: None) -> None:
         """Creates the role's process, wherever and whenever there is room for it, and then lets it begin."""
@@ -234,15 +205,12 @@ class Driver:
         while len(self.actors) < self.num_desired_actors:
             taken = {role.index for role in self.actors}
             index = next(index for index in itertools.count() if index not in taken)
-            self.actors.append(role := Role(f"actor {index}", partial(self._make_actor, index), index=index))
+            self.actors.append(role := self.makers.actor(index))
             self._start(role, self._play)
         while len(self.actors) > self.num_desired_actors:
             self._dismiss(last_to_keep(self.actors))
         while len(self.reanalysers) < self.desired.num_reanalysers:
-            index = len(self.reanalysers)
-            self.reanalysers.append(
-                role := Role(f"reanalyser {index}", partial(self._make_reanalyser, index))
-            )
+            self.reanalysers.append(role := self.makers.reanalyser(len(self.reanalysers)))
             self._start(role, self._reanalyse)
         while len(self.reanalysers) > self.desired.num_reanalysers:
             self._kill(self.reanalysers.pop())  # it holds nothing
@@ -267,22 +235,6 @@ class Driver:
 
     def _evaluates_now(self) -> bool:
         return not self._is_evaluating and self.book.evaluation_is_due(self._steps)
-
-    def _make_actor(self, index: int) -> Any:
-        return ActorWorker.remote(
-            self.config,
-            self.run_name,
-            index,
-            self.book.next_incarnation(index),
-            self._shard_handles,
-            self.book.folder.history,
-        )
-
-    def _make_reanalyser(self, index: int) -> Any:
-        on_gpu = self.gpu_share if self.config.reanalyse.device != "cpu" else 0
-        return ReanalyserWorker.options(num_gpus=on_gpu).remote(
-            self.config, self.run_name, index, self._shard_handles
-        )
 
     def _dismiss(self, role: Role) -> None:
         """Lets an actor deliver its finished games before it is ended. What it is doing now still counts."""
@@ -373,7 +325,7 @@ class Driver:
         self.book.add_learner_report(report)
         if report.metrics:  # else it found no batches, and has yet to show that it can learn
             self.learner.has_worked(time.monotonic())
-        if self.learner_is_elsewhere and self._is_newer(report):
+        if self.makers.learner_is_elsewhere and self._is_newer(report):
             on_result = partial(self._on_weights, report)
             self._call(self.learner, weights, on_result, shows_work=False)
         elif self._is_newer(report):
@@ -551,63 +503,30 @@ class Driver:
     def _end(self, evaluate: bool = False, seconds: float = STOP_SECONDS) -> None:
         """Saves what actors, shards and learner still have. Raises RunError if what was learnt last is lost."""
         self._has_ended = True
-        deadline = time.monotonic() + seconds
+        deadline, tell, third = time.monotonic() + seconds, self.book.progress.message, STOP_SECONDS / 3
         actors = [role for role in (*self.actors, *self.leaving) if role.is_ready]
-        drained = self._ask_all("actors", [role.handle.drain.remote(False) for role in actors])
+        drained = ask_all("actors", [role.handle.drain.remote(False) for role in actors], third, tell)
         self.book.add_undelivered(sum(drained.values()))
         flushes = [role.handle.flush.remote() for role in self.shards]
-        self.shard_stats.update(self._ask_all("replay shards", flushes))
+        self.shard_stats.update(ask_all("replay shards", flushes, third, tell))
         copies = [role.handle.last_push.remote() for role in self.shards] if self.book.copies else []
         try:
             # Else it may not even have started, or hold random weights; all that was learnt is in the checkpoints.
             if self._learner_has_begun and self._steps:
                 self._write_last_checkpoint(deadline, evaluate)
         finally:
-            pushed = self._ask_all("replay shards", copies, LAST_PUSH_SECONDS)
+            pushed = ask_all("replay shards", copies, LAST_PUSH_SECONDS, tell)
             for failure in filter(None, pushed.values()):
-                self.book.progress.message(f"the last copy of a replay shard is not whole: {failure}")
-
-    def _ask_all(
-        self, whom: str, calls: list[Any], timeout_seconds: float = STOP_SECONDS / 3
-    ) -> dict[int, Any]:
-        """The answers by index, of those that answer in time."""
-        done = ray.wait(calls, num_returns=len(calls), timeout=timeout_seconds)[0] if calls else []
-        answers = {}
-        for call in done:
-            with suppress(RayError):
-                answers[calls.index(call)] = ray.get(call)
-        if num_silent := len(calls) - len(answers):
-            self.book.progress.message(
-                f"{num_silent} {whom} gave no answer at the end; what was acknowledged is on disk"
-            )
-        return answers
+                tell(f"the last copy of a replay shard is not whole: {failure}")
 
     def _write_last_checkpoint(self, deadline: float, evaluate: bool) -> None:
-        call = self.learner.handle.state.remote()
-        try:
-            (arrays, state), weights = ray.get(call, timeout=max(deadline - time.monotonic(), 1.0))
-        except RayError as error:
-            raise RunError(
-                f"the last checkpoint could not be written, the learner gave no answer ({error}); "
-                "what it learnt since the one before is lost; resume goes on from there"
-            ) from None
+        (arrays, state), weights = last_state(self.learner.handle, deadline)
         self.book.add_learner_report(LearnerReport(state["learner_steps"], state["weights_version"]))
         path = self.book.write_checkpoint(arrays, state)
-        if evaluate:
-            self._evaluate_last(path, state, weights)
-
-    def _evaluate_last(self, path: Path, state: dict[str, Any], weights: Any) -> None:
-        """So that the last checkpoint can turn out to be the best. A request to stop is heard."""
-        call = self._evaluate(state, weights)
-        deadline = time.monotonic() + CALL_TIMEOUT_SECONDS
-        while not ray.wait([call], timeout=0.2)[0]:
-            if self.stop_requested() or time.monotonic() > deadline:
-                self.book.progress.message("the last checkpoint was not evaluated")
-                return
-        try:
-            self.book.add_evaluation(ray.get(call), path, state["learner_steps"])
-        except RayError as error:
-            self.book.progress.message(f"the last checkpoint could not be evaluated: {error}")
+        if evaluate:  # it may turn out to be the best
+            call = self._evaluate(state, weights)
+            if result := last_evaluation(call, self.stop_requested, self.book.progress.message):
+                self.book.add_evaluation(result, path, state["learner_steps"])
 
 
 def last_to_keep(actors: list[Role]) -> Role:
@@ -618,22 +537,3 @@ def last_to_keep(actors: list[Role]) -> Role:
 def lost_its_node(error: BaseException) -> bool:
     """Whether a process is gone with its node, or was to start on one that is. The text is all that Ray tells."""
     return isinstance(error, RayActorError) and (error.preempted or "its node has died" in str(error))
-
-
-def make_control(run_name: str, desired: Desired, may_exist: bool = False) -> Any:
-    """The run's RunControl. Raises RunError if there is one, unless it `may_exist`."""
-    options = {"name": run_name, "namespace": NAMESPACE, "get_if_exists": may_exist, **beside_driver()}
-    try:
-        return RunControl.options(**options).remote(desired)
-    except ValueError:
-        raise RunError(
-            f"a run {run_name!r} is going on in this cluster; choose another name, or stop that one first"
-        ) from None
-
-
-def first_desired(config: Config) -> Desired:
-    """What a run is asked to be when it starts."""
-    actor, reanalyse = config.actor, num_reanalysers(config)
-    desired = Desired(actor.num_actors, reanalyse, config.replay.num_shards, actor.autoscale)
-    # A GPU's shares are dealt out when the run begins.
-    return desired if config.reanalyse.device == "cpu" else desired._replace(most_reanalysers=reanalyse)

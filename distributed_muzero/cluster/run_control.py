@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import ray
 
+from distributed_muzero.config import Config
 from distributed_muzero.errors import RunError
+from distributed_muzero.workers.builder import num_reanalysers
 
 MAX_PROCESSES = 10_000  # of one kind
 MAX_SHARDS = 256  # they live beside the driver
@@ -52,6 +54,14 @@ class Desired(NamedTuple):
         if "num_actors" in wishes:
             wishes.setdefault("autoscale", None)  # a number that is asked for counts
         return self._replace(**wishes)
+
+
+def first_desired(config: Config) -> Desired:
+    """What a run is asked to be when it starts."""
+    actor, reanalyse = config.actor, num_reanalysers(config)
+    desired = Desired(actor.num_actors, reanalyse, config.replay.num_shards, actor.autoscale)
+    # A GPU's shares are dealt out when the run begins.
+    return desired if config.reanalyse.device == "cpu" else desired._replace(most_reanalysers=reanalyse)
 
 
 @ray.remote(num_cpus=0)

@@ -11,9 +11,10 @@ from typing import Any
 import ray
 
 from distributed_muzero.cluster.connect import connect
-from distributed_muzero.cluster.driver import Driver, first_desired, make_control
+from distributed_muzero.cluster.driver import Driver
 from distributed_muzero.cluster.jobs import is_http
-from distributed_muzero.cluster.run_control import Desired
+from distributed_muzero.cluster.makers import make_control
+from distributed_muzero.cluster.run_control import Desired, first_desired
 from distributed_muzero.config import Config
 from distributed_muzero.errors import ClusterError, LogError
 from distributed_muzero.workers.bookkeeper import Bookkeeper

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from distributed_muzero.cluster.driver import first_desired, last_to_keep
+from distributed_muzero.cluster.driver import last_to_keep
 from distributed_muzero.cluster.placement import gpu_share
 from distributed_muzero.cluster.roles import MAX_FAILURES_IN_A_ROW, STEADY_SECONDS, Role
-from distributed_muzero.cluster.run_control import Desired
+from distributed_muzero.cluster.run_control import Desired, first_desired
 from distributed_muzero.config import make_config
 from distributed_muzero.errors import RunError
 
