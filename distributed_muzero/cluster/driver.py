@@ -10,6 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,6 +82,7 @@ class Driver:
         self.shard_stats: dict[int, dict[str, float]] = {}
         self.makers = Makers(config, run_name, book)
         self.learner, self.evaluator = self.makers.learner(), self.makers.evaluator()
+        self.shards = self.makers.shards
         self.actors: list[Role] = []
         self.leaving: list[Role] = []
         self.reanalysers: list[Role] = []
@@ -125,7 +127,10 @@ class Driver:
                 if is_stopped:
                     self._end()
                     return Ending("a stop was asked for", True)
-                self._end(seconds=RESHARD_SECONDS)
+                try:
+                    self._end(seconds=RESHARD_SECONDS)
+                except RunError as error:  # the next learner goes on from the last checkpoint
+                    self.book.progress.message(str(error))
                 self._kill_all()
                 return None
 
@@ -164,8 +169,8 @@ class Driver:
 
     def _create(self) -> None:
         if self.book.copies:
-            self._bytes_to_fetch = num_bytes_at(join(self.book.copies.uri, "replay"))
-        self.shards = self.makers.shards
+            with suppress(RunError):  # it only makes us patient
+                self._bytes_to_fetch = num_bytes_at(join(self.book.copies.uri, "replay"))
         for role in self.shards:
             self._start(role)
         self._start_learner()
