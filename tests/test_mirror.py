@@ -479,6 +479,18 @@ def test_the_copy_replaces_what_another_process_has_overtaken(any_uri, tmp_path)
     assert back.push() and back.stats()["files"] == 0
 
 
+def test_that_a_folder_was_fetched_is_known_until_it_is_settled(a_uri, tmp_path):
+    first = pushed(write(tmp_path / "first", log=b"1"), a_uri)
+    assert not first.was_fetched
+    there = tmp_path / "elsewhere"
+    for expected in ("fetched", "kept"):
+        mirror = Mirror(there, a_uri)
+        assert (mirror.claim(), mirror.was_fetched) == (expected, True)
+    mirror.settle()
+    mirror = Mirror(there, a_uri)
+    assert (mirror.claim(), mirror.was_fetched) == ("kept", False)
+
+
 def test_who_was_overtaken_writes_no_more(any_uri, tmp_path):
     here = write(tmp_path / "here", log=b"1")
     mirror = pushed(here, any_uri)

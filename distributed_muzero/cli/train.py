@@ -204,6 +204,7 @@ def train_in(
             return
         launch = folder.begin_launch(RELOCATED_VERSIONS if copies and copies.was_fetched else 0)
         if copies:
+            copies.settle()
             # Before anything is played: whoever goes on from the copy gives other ids than this launch.
             copies.push()
             if not in_process:

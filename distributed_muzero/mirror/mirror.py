@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from distributed_muzero.errors import RunError
 from distributed_muzero.files import sync_folder, write_atomically
@@ -49,6 +49,12 @@ RECORD_BYTES_PER_SECOND = 256 * 1024  # what copies of one growing record may ta
 logger = logging.getLogger(__name__)
 
 
+class _State(NamedTuple):
+    tokens: list[str]  # any of which may be the copy's
+    files: dict[str, Stamp]  # as they were copied
+    fetched: bool
+
+
 class Mirror:
     """Copies one folder to a URI. `claim` comes first; then `push`, or `keep_pushing`, from any thread."""
 
@@ -74,6 +80,8 @@ class Mirror:
         self.interval_seconds = interval_seconds
         self.last_push_seconds = last_push_seconds
         self.last_failure: str | None = None  # since the last whole push
+        # By this claim or an earlier one, since `settle`: the folder may be older than what its last owner did.
+        self.was_fetched = False
         self._remote = Remote(uri)
         self._tell = tell
         self._clock = clock
@@ -96,7 +104,7 @@ class Mirror:
             data = self._remote.read(OWNER)
         except RemoteError as error:
             raise RunError(str(error)) from None
-        return None if _token_of(data) in (None, *self._read_state()[0]) else _describe(data)
+        return None if _token_of(data) in (None, *self._read_state().tokens) else _describe(data)
 
     @property
     def token(self) -> str:
@@ -118,7 +126,7 @@ class Mirror:
         may_be_late: a process that begins again where it was goes on with its folder while the store can't be reached;
         the next push takes over, or finds that another process has. Raises RunError if the store or the disk refuses.
         """
-        tokens, self._copied = self._read_state()
+        tokens, self._copied, self.was_fetched = self._read_state()
         self._tokens = [*tokens, uuid.uuid4().hex]
         try:
             return self._claim(tokens, may_be_late and bool(tokens))
@@ -145,9 +153,18 @@ class Mirror:
         else:
             self._write_owner()
             self._copied = self._replace_folder()
+            self.was_fetched = True
         self._remote.remove_leftovers()
         self._forget_old_tokens()
         return "kept" if is_ours else "new" if is_new else "fetched"
+
+    def settle(self) -> None:
+        """Whatever the last owner may have done besides is allowed for, durably. Raises RunError."""
+        self.was_fetched = False
+        try:
+            self._write_state()
+        except OSError as error:
+            raise RunError(f"can't write {self.local / STATE}: {error}; make room there") from None
 
     def _replace_folder(self) -> dict[str, Stamp]:
         """Puts the copy in its place. Until the state is written anew, the next claim does it again."""
@@ -202,18 +219,24 @@ class Mirror:
 
     # What was copied ------------------------------------------------------------------------------------------
 
-    def _read_state(self) -> tuple[list[str], dict[str, Stamp]]:
-        """Tokens, any of which may be the copy's, and stamps; neither if they are of another URI, or unreadable."""
+    def _read_state(self) -> _State:
+        """What `_write_state` wrote; nothing if it is of another URI, or unreadable."""
         try:
             state = json.loads((self.local / STATE).read_bytes())
             if state["uri"] != self.uri:
-                return [], {}
-            return list(state["tokens"]), {name: Stamp(*stamp) for name, stamp in state["files"].items()}
+                return _State([], {}, False)
+            stamps = {name: Stamp(*stamp) for name, stamp in state["files"].items()}
+            return _State(list(state["tokens"]), stamps, bool(state.get("fetched", False)))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return [], {}
+            return _State([], {}, False)
 
     def _write_state(self) -> None:
-        state = {"uri": self.uri, "tokens": self._tokens, "files": self._copied}
+        state = {
+            "uri": self.uri,
+            "tokens": self._tokens,
+            "files": self._copied,
+            "fetched": self.was_fetched,
+        }
         write_atomically(self.local / STATE, json.dumps(state).encode())
 
     def stats(self) -> dict[str, float]:

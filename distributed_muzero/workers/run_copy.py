@@ -38,7 +38,6 @@ class Copies:
     def __init__(self, folder: Path, uri: str):
         """Raises RunError for a URI that can't be one."""
         self.uri = uri
-        self.was_fetched = False  # by `claim`: the copy may be older than what its last owner did
         self._folder = folder
         self._messages: deque[str] = deque(maxlen=MAX_MESSAGES)
         self._told_of_shards = False
@@ -54,7 +53,16 @@ class Copies:
 
     def claim(self) -> None:
         """Makes this process the owner; the folder is as new as the copy afterwards. Raises RunError."""
-        self.was_fetched = self._run.claim() == "fetched"
+        self._run.claim()
+
+    @property
+    def was_fetched(self) -> bool:
+        """Whether the last owner may have done more than this folder knows of; until `settle`, in any process."""
+        return self._run.was_fetched
+
+    def settle(self) -> None:
+        """A launch has begun, durably, that allows for it. Raises RunError."""
+        self._run.settle()
 
     @property
     def owned(self) -> Owned:
