@@ -344,6 +344,40 @@ def test_a_checkpoint_that_is_written_again_meanwhile_is_copied_as_one(a_uri, tm
     assert saved is not None and saved.state == {"written": 2} and saved.tensors["weights"]["w"].all()
 
 
+def test_a_store_slower_than_checkpoints_come_gets_the_newest_and_loses_the_old_ones(a_uri, tmp_path):
+    folder = tmp_path / "here" / "checkpoints"
+
+    def save(step: int) -> None:
+        checkpoint.write_checkpoint(folder, step, {"weights": {"w": np.full(3, step)}}, {})
+        checkpoint.prune_checkpoints(folder, 2)
+
+    save(1)
+    checkpoint.mark_best(folder, 1, 1.0)
+    mirror = pushed(tmp_path / "here", a_uri)
+    for step in (2, 3, 4):
+        save(step)
+    number_copied, newest = 0, 4
+
+    # Two more come while one is copied.
+    def save_two_of_each_checkpoint(operation: str, path: str) -> None:
+        nonlocal number_copied, newest
+        number_copied += path.endswith("/DONE") and operation == "move"
+        if newest < 4 + 2 * number_copied:
+            newest += 2
+            save(newest - 1)
+            save(newest)
+
+    watch(mirror, save_two_of_each_checkpoint)
+    for number in range(2, 5):
+        before = newest
+        assert mirror.push()
+        copied = fetch(a_uri, tmp_path / f"read-{number}") / "checkpoints"
+        saved, best = checkpoint.latest_checkpoint(copied), checkpoint.best_checkpoint(copied)
+        assert saved is not None and saved.step >= before
+        assert best is not None and best.step == 1
+        assert len(list(copied.glob("step_*"))) <= 3
+
+
 def test_files_that_go_on_going_end_the_push_as_a_failure(a_uri, tmp_path):
     here = write(tmp_path / "here", episodes__0=b"", journal__0=b"")
     told: list[str] = []
@@ -388,11 +422,11 @@ def test_a_file_that_cant_be_read_keeps_no_other_from_being_copied(a_uri, tmp_pa
 def test_the_order_of_uploads():
     expected = [
         "config.yaml",
+        "checkpoints/step_00000002/manifest.json",
+        "checkpoints/step_00000002/DONE",
         "checkpoints/step_00000001/state.json",
         "checkpoints/step_00000001/weights.safetensors",
         "checkpoints/step_00000001/DONE",
-        "checkpoints/step_00000002/manifest.json",
-        "checkpoints/step_00000002/DONE",
         "episodes/segment_00000001.log",
         "episodes/segment_00000002.log",
         "checkpoints/best.json",

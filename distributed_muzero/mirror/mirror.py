@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from distributed_muzero.errors import RunError
@@ -30,9 +30,11 @@ from distributed_muzero.mirror.plan import (
     folders_of,
     is_record,
     look,
+    marked_step,
     may_be_newer,
     removal_order,
     stage,
+    step_of,
     upload_order,
 )
 from distributed_muzero.mirror.remote import Remote, RemoteError
@@ -88,6 +90,7 @@ class Mirror:
         self._tokens: list[str] = []  # any of which may be the copy's; the last is this process'
         self._copied: dict[str, Stamp] = {}  # how files looked when they were copied
         self._unreadable: list[str] = []  # in this pass
+        self._gone: set[str] = set()  # checkpoints that went in this pass
         self._not_before: dict[str, float] = {}  # when a large record's turn comes again
         self._counts = {"files": 0, "bytes": 0, "removed": 0, "failures": 0}
         self._last_success: float | None = None
@@ -288,10 +291,11 @@ class Mirror:
                 remote = remote_files(self._remote, self.exclude)
                 local = look(self.local, self.exclude)
                 self._unreadable.clear()
+                self._gone.clear()
                 if self._copy_changed(local, remote, everything):
                     if self._unreadable:
                         raise OSError("; ".join(self._unreadable[:MAX_NAMED]))
-                    self._remove(remote.keys() - local.keys(), folders_of(local))
+                    self._remove(self._stale(local, remote), folders_of(local))
                     self._copied = {name: stamp for name, stamp in self._copied.items() if name in local}
                     return
             raise Unsteady(f"files in {self.local} go faster than they can be copied")
@@ -312,15 +316,31 @@ class Mirror:
         for _, names in groupby(changed, key=stage):
             is_whole = True
             for name in names:
-                self._check_owner(OWNER_SECONDS)
                 folder = checkpoint_of(name)
+                if folder in self._gone:
+                    continue
+                self._check_owner(OWNER_SECONDS)
                 if folder and folder not in kept and f"{folder}/DONE" in remote:
                     self._keep_checkpoint(folder, remote)
                     kept.add(folder)
                 is_whole = self._copy(name, local[name]) and is_whole
-            if not is_whole:
+            if not is_whole or not self._has_checkpoint(local):
                 return False
         return True
+
+    def _has_checkpoint(self, local: Mapping[str, Stamp]) -> bool:
+        """Whether one is whole there by now, if any went meanwhile."""
+        done = {
+            name
+            for name in local
+            if checkpoint_of(name) not in (None, *self._gone) and name.endswith("/DONE")
+        }
+        return not self._gone or any(self._copied.get(name) == local[name] for name in done)
+
+    def _stale(self, local: Mapping[str, Stamp], remote: Mapping[str, int]) -> set[str]:
+        """What is there and not here. A checkpoint that seems gone may be about to be replaced."""
+        needed = {f"{folder}.replaced" for folder in self._gone}
+        return {name for name in remote if name not in local and name.rpartition("/")[0] not in needed}
 
     def _copy(self, name: str, stamp: Stamp) -> bool:
         """Copies the bytes that were there when it was looked at; False if the folder has to be looked at again.
@@ -335,9 +355,18 @@ class Mirror:
                     if not may_be_newer(name):
                         return False
                     stamp = now
+                if PurePosixPath(name).name == "best.json" and self._gone:
+                    step = marked_step(file.read())
+                    if step is None or step in map(step_of, (f"{folder}/DONE" for folder in self._gone)):
+                        return False
+                    file.seek(0)
                 self._remote.write(name, file, stamp.num_bytes)
         except FileNotFoundError:
-            return False
+            folder = checkpoint_of(name)
+            if folder is None or (self.local / folder).exists():
+                return False
+            self._gone.add(folder)
+            return True
         except OSError as error:
             self._unreadable.append(f"can't read {self.local / name}: {error}")
             return True

@@ -4,11 +4,13 @@
 - A shard's journal is looked at before its episodes and copied after them. So the copy's journal never speaks of
   episodes that the copy lacks, and episodes that it doesn't speak of yet are found in their log.
 - What is gone here is removed there last, when the journal says so there too. A file that goes while it is copied
-  is one more change: the copy begins again with what is there now.
+  is one more change: the copy begins again with what is there now. A checkpoint that goes is left out alone, and the
+  newest one is copied first: a slow store gets that one, however fast they come.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
@@ -76,9 +78,10 @@ def stage(name: str) -> int:
     return 1 if path.name == "best.json" or path.parent.name == "journal" else 0
 
 
-def upload_order(name: str) -> tuple[int, str, bool, str]:
+def upload_order(name: str) -> tuple[int, str, int, bool, str]:
     path = PurePosixPath(name)
-    return stage(name), str(path.parent), path.name == "DONE", path.name
+    folder = path.parent if checkpoint_of(name) is None else path.parent.parent
+    return stage(name), str(folder), -step_of(name), path.name == "DONE", path.name
 
 
 def removal_order(name: str) -> tuple[bool, str]:
@@ -109,6 +112,20 @@ def checkpoint_of(name: str) -> str | None:
     """The checkpoint's folder that a file lies in."""
     folder = PurePosixPath(name).parent
     return str(folder) if folder.name.startswith("step_") and "." not in folder.name else None
+
+
+def step_of(name: str) -> int:
+    """Of the checkpoint that a file lies in; 0 for other files."""
+    digits = (checkpoint_of(name) or "").rpartition("step_")[2]
+    return int(digits) if digits.isdecimal() else 0
+
+
+def marked_step(best: bytes) -> int | None:
+    """The checkpoint that a best.json names; None if it can't be read."""
+    try:
+        return int(json.loads(best)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def folders_of(names: Iterable[str]) -> set[str]:
