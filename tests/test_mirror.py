@@ -647,6 +647,34 @@ def test_a_run_that_begins_again_while_the_store_is_away_goes_on_from_its_disk(
     assert contents(fetch(s3_uri, tmp_path / "read")) == {"log": b"12"}
 
 
+@pytest.mark.parametrize("point", [0, 1])
+def test_a_store_that_refuses_in_the_middle_of_a_claim_may_be_late_as_well(a_uri, tmp_path, point):
+    here = write(tmp_path / "here", log=b"1")
+    pushed(here, a_uri)
+    Remote(a_uri).write_bytes(".uploading-1", b"half")
+    changes = []
+
+    def refuse(operation: str, path: str) -> None:
+        changes.append((operation, path))
+        if len(changes) == (1 if point == 0 else 3):  # the owner's writing, its move, a leftover's removal
+            raise OSError("503 SlowDown")
+
+    strict = Mirror(here, a_uri)
+    watch(strict, refuse)
+    with pytest.raises(RunError, match="503 SlowDown"):
+        strict.claim()
+    changes.clear()
+    told: list[str] = []
+    late = Mirror(here, a_uri, tell=told.append)
+    watch(late, refuse)
+    assert late.claim(may_be_late=True) == "kept"
+    assert "503 SlowDown" in told[0]
+    write(here, log=b"12")
+    assert late.push()
+    assert contents(fetch(a_uri, tmp_path / "read")) == {"log": b"12"}
+    assert Mirror(here, a_uri).owner_elsewhere() is None
+
+
 def test_who_was_overtaken_while_the_store_was_away_finds_out(object_store, s3_uri, tmp_path):
     here = write(tmp_path / "here", log=b"1")
     pushed(here, s3_uri)
@@ -684,6 +712,23 @@ def test_a_store_that_goes_away_and_comes_back(object_store, s3_uri, tmp_path):
     assert mirror.push() and mirror.last_failure is None
     assert len(told) == 2 and "up to date again" in told[1]
     assert contents(fetch(s3_uri, tmp_path / "read")) == {"log": b"12"}
+
+
+def test_an_error_that_nobody_foresaw_is_counted_and_the_next_push_is_tried(a_uri, tmp_path):
+    told: list[str] = []
+    mirror = claimed(write(tmp_path / "here", a=b"1"), a_uri, interval_seconds=0.02, tell=told.append)
+
+    def fail_at_first(operation: str, path: str) -> None:
+        if mirror.stats()["failures"] < 3:
+            raise ValueError("odd")
+
+    watch(mirror, fail_at_first)
+    with mirror.keep_pushing():
+        deadline = time.monotonic() + 20
+        while not mirror.stats()["files"] and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert mirror.stats()["failures"] == 3 and mirror.stats()["files"] == 1
+    assert "odd" in told[0] and "up to date again" in told[1]
 
 
 def test_an_upload_that_breaks_off_leaves_the_file_that_was_there(object_store, s3_uri, tmp_path):

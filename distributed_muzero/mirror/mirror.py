@@ -20,7 +20,7 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
-from distributed_muzero.errors import RunError
+from distributed_muzero.errors import RunError, first_line
 from distributed_muzero.files import sync_folder, write_atomically
 from distributed_muzero.mirror.download import download, remote_files
 from distributed_muzero.mirror.plan import (
@@ -144,22 +144,30 @@ class Mirror:
         except RemoteError as error:
             if not may_be_late:
                 raise
-            self._write_state()
-            self._fail(str(error))
-            return "kept"
+            return self._claim_later(error)
         # Without an owner there, nobody has owned it after us.
         is_ours = bool(tokens) and owner in (None, *tokens) and bool(look(self.local, self.exclude))
         if is_new or is_ours:
             self.local.mkdir(parents=True, exist_ok=True)
             self._write_state()
+        try:
             self._write_owner()
-        else:
-            self._write_owner()
+            self._remote.remove_leftovers()
+        except RemoteError as error:
+            if not (is_ours and may_be_late):
+                raise
+            return self._claim_later(error)
+        if not is_new and not is_ours:
             self._copied = self._replace_folder()
             self.was_fetched = True
-        self._remote.remove_leftovers()
         self._forget_old_tokens()
         return "kept" if is_ours else "new" if is_new else "fetched"
+
+    def _claim_later(self, error: RemoteError) -> Literal["kept"]:
+        """The state names the old tokens and the new one: the next push takes over from any of them."""
+        self._write_state()
+        self._fail(str(error))
+        return "kept"
 
     def settle(self) -> None:
         """Whatever the last owner may have done besides is allowed for, durably. Raises RunError."""
@@ -264,8 +272,11 @@ class Mirror:
             began = self._clock()
             try:
                 self._push(everything)
-            except (RemoteError, Unsteady, OSError) as error:
-                self._fail(str(error))
+            except RunError:
+                raise
+            # Whatever the store's client raises: the next push tries again.
+            except Exception as error:
+                self._fail(first_line(error))
                 if required:
                     raise RunError(f"the run's copy can't be made: {error}") from error
                 return False
