@@ -188,6 +188,13 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"can't write {self.status_file}: {error}; the old one is intact") from error
 
+    def write_starting(self) -> None:
+        """The status of a launch that has begun: of what came before, all but the state. Raises RunError."""
+        before = None
+        with suppress(RunError):
+            before = self.read_status()
+        self.write_status({**(before or {}), "run": self.name, "state": "starting"})
+
     def read_status(self) -> dict[str, Any] | None:
         """The last status; None before the first. Raises RunError if the file can't be read."""
         try:

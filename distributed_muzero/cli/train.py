@@ -205,7 +205,8 @@ def train_in(
         launch = folder.begin_launch(RELOCATED_VERSIONS if copies and copies.was_fetched else 0)
         if copies:
             copies.settle()
-            # Before anything is played: whoever goes on from the copy gives other ids than this launch.
+            folder.write_starting()
+            # Before anything is played: whoever goes on from the copy gives other ids than this launch, and sees it.
             copies.push()
             if not in_process:
                 copies.release_shards()

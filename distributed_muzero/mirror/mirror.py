@@ -41,6 +41,7 @@ from distributed_muzero.mirror.remote import Remote, RemoteError
 from distributed_muzero.mirror.uri import shown
 
 OWNER = ".owner"
+ALIVE = ".alive"  # written anew with every copy in the background
 STATE = ".mirror.json"
 DOWNLOADED = ".downloaded"
 MAX_PASSES = 5
@@ -108,6 +109,14 @@ class Mirror:
         except RemoteError as error:
             raise RunError(str(error)) from None
         return None if _token_of(data) in (None, *self._read_state().tokens) else _describe(data)
+
+    def interval_elsewhere(self) -> float | None:
+        """Seconds between the owner's pushes; None if it doesn't say. Raises RunError."""
+        try:
+            interval = _owner(self._remote.read(OWNER) or b"").get("interval_seconds")
+        except RemoteError as error:
+            raise RunError(str(error)) from None
+        return float(interval) if isinstance(interval, int | float) else None
 
     @property
     def token(self) -> str:
@@ -194,7 +203,12 @@ class Mirror:
 
     def _write_owner(self) -> None:
         """A kill right after it leaves a folder that knows this token: it is in the state already."""
-        owner = {"token": self._tokens[-1], "host": socket.gethostname(), "pid": os.getpid()}
+        owner = {
+            "token": self._tokens[-1],
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "interval_seconds": self.interval_seconds,
+        }
         self._remote.write_bytes(OWNER, json.dumps(owner).encode())
         self._owned_at = self._clock()
 
@@ -308,6 +322,8 @@ class Mirror:
                         raise OSError("; ".join(self._unreadable[:MAX_NAMED]))
                     self._remove(self._stale(local, remote), folders_of(local))
                     self._copied = {name: stamp for name, stamp in self._copied.items() if name in local}
+                    if not everything:
+                        self._remote.write_bytes(ALIVE, uuid.uuid4().hex.encode())
                     return
             raise Unsteady(f"files in {self.local} go faster than they can be copied")
         finally:

@@ -51,6 +51,10 @@ class Copies:
         """Who went on with the run last, in words; None if it was this folder's last process. Raises RunError."""
         return self._run.owner_elsewhere()
 
+    def interval_elsewhere(self) -> float | None:
+        """Seconds between the copies of who went on with it last; None if it doesn't say. Raises RunError."""
+        return self._run.interval_elsewhere()
+
     def claim(self) -> None:
         """Makes this process the owner; the folder is as new as the copy afterwards. Raises RunError."""
         self._run.claim()

@@ -19,6 +19,7 @@ from distributed_muzero.config import Config
 from distributed_muzero.errors import RunError
 from distributed_muzero.mirror import uri as uris
 from distributed_muzero.mirror.download import fetch, names_at, read_at
+from distributed_muzero.mirror.mirror import ALIVE
 from distributed_muzero.run_folder import (
     NAME,
     RunFolder,
@@ -32,7 +33,8 @@ from distributed_muzero.run_folder import (
 from distributed_muzero.workers.run_copy import INTERVAL_SECONDS, Copies, interval_seconds
 
 FETCHED = ".fetched"  # no run has such a name
-# A run that says `running` and has copied nothing for so many intervals is taken for dead.
+GOING_ON = ("starting", "running")  # what the status says of a run that may live
+# One that says so and has copied nothing for so many intervals is taken for dead.
 SILENT_INTERVALS = 2
 POLL_SECONDS = 1.0
 
@@ -138,7 +140,7 @@ def opened(run: str, runs_dir: str, tell: Callable[[str], None], take_over: bool
     with locked(place.local):
         copies = Copies(place.local, place.uri)
         if not take_over and (owner := copies.owner_elsewhere()):
-            await_silence(place, owner, tell)
+            await_silence(place, owner, tell, silent_seconds(copies.interval_elsewhere()))
         copies.claim()
         yield replace(open_run(place.name, place.local.parent), uri=place.uri), copies
 
@@ -147,38 +149,46 @@ def await_silence(
     place: Place,
     owner: str,
     tell: Callable[[str], None],
+    patience_seconds: float,
     sleep: Callable[[float], None] = time.sleep,
-    clock: Callable[[], float] = time.time,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Returns as soon as a run counts as dead that another process had. Raises RunError if it shows that it lives.
 
-    It lives if its status says `running` and is copied again within two intervals; clocks only shorten the wait.
+    It lives if its status says that it goes on, and anything is copied within the patience. What the clocks of the
+    store and of this machine say is never compared.
     """
-    patience = silent_seconds()
     began = clock()
-    status, first_change = _status_at(place)
-    if status.get("state") != "running":
+    first = _signs_of_life(place)
+    if first is None:
         return
-    since = began if first_change is None else min(first_change, began)
-    if clock() - since < patience:
-        tell(
-            f"{owner} may still go on with run {place.name}: waiting {patience - (clock() - since):.0f} s for a sign "
-            "of it; --take-over doesn't wait"
-        )
-    while clock() - since < patience:
+    tell(
+        f"{owner} may still go on with run {place.name}: waiting {patience_seconds:.0f} s for a sign of it; "
+        "--take-over doesn't wait"
+    )
+    while clock() - began < patience_seconds:
         sleep(POLL_SECONDS)
-        status, change = _status_at(place)
-        if status.get("state") != "running":
+        signs = _signs_of_life(place)
+        if signs is None:
             return
-        if change != first_change:
+        if signs != first:
             raise RunError(
                 f"run {place.name!r} is going on: {owner} has just copied it to {uris.shown(place.uri)}; stop that one "
                 "first, or end its part in it with --take-over"
             )
 
 
-def silent_seconds() -> float:
-    return SILENT_INTERVALS * max(interval_seconds(), INTERVAL_SECONDS)
+def _signs_of_life(place: Place) -> tuple[object, ...] | None:
+    """What changes with every copy; None if the run says itself that it is over."""
+    status, changed_at = _status_at(place)
+    if status.get("state") not in GOING_ON:
+        return None
+    return status, changed_at, read_at(place.uri, ALIVE)
+
+
+def silent_seconds(interval: float | None = None) -> float:
+    """interval: seconds between the copies of who has the run, if it is known; else as this process copies."""
+    return SILENT_INTERVALS * max(interval_seconds() if interval is None else interval, INTERVAL_SECONDS)
 
 
 # To read ----------------------------------------------------------------------------------------------------------
@@ -210,8 +220,10 @@ def current_status(run: str, runs_dir: str) -> dict[str, Any]:
         return open_run(run, runs_dir).current_status()
     _check_exists(place)
     status, changed_at = _status_at(place)
-    status = status or {"run": place.name, "state": "starting"}
-    if status["state"] == "running" and time.time() - (changed_at or 0) > silent_seconds():
+    if not status:
+        return {"run": place.name, "state": "starting"}
+    last_sign = max(changed_at or 0.0, read_at(place.uri, ALIVE)[1] or 0.0)
+    if status.get("state") in GOING_ON and time.time() - last_sign > silent_seconds():
         status["state"] = "lost"
     return status
 

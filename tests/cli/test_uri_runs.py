@@ -22,7 +22,14 @@ from distributed_muzero.mirror.uri import local_runs_dir
 from distributed_muzero.replay.inspection import list_all_held
 from distributed_muzero.run_folder import create_run
 from distributed_muzero.workers.run_copy import Copies, ShardCopy, interval_seconds
-from distributed_muzero.workers.runs import Place, await_silence, created, current_status, open_to_read
+from distributed_muzero.workers.runs import (
+    Place,
+    await_silence,
+    created,
+    current_status,
+    open_to_read,
+    opened,
+)
 from tests.object_store import ObjectStore, environment
 from tests.processes import run, started, wait_for
 
@@ -276,38 +283,72 @@ def place(there) -> Place:
     return place
 
 
-def test_a_run_that_has_long_copied_nothing_is_dead(place):
+class Time:
+    """A clock that goes on while somebody sleeps; `then` happens in each sleep."""
+
+    def __init__(self, then: Callable[[], object] = lambda: None):
+        self.now = 5.0
+        self._then = then
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self._then()
+
+    def wait(self, place: Place, owner: str = "it", tell: Callable[[str], object] = lambda _: None) -> float:
+        """For how long `await_silence` did, with a patience of 60 s."""
+        began = self.now
+        await_silence(place, owner, tell, 60.0, self.sleep, lambda: self.now)
+        return self.now - began
+
+
+@pytest.mark.parametrize("state", ["running", "starting"])
+@pytest.mark.parametrize("written_at", [1000, 10**11])
+def test_one_that_may_live_is_watched_for_the_whole_patience_whatever_the_clocks_say(
+    place, state, written_at
+):
+    status = Path(place.uri[7:], "status.json")
+    status.write_text(json.dumps({"state": state}))
+    os.utime(status, (written_at, written_at))
+    told: list[str] = []
+    assert 60 <= Time().wait(place, "process 7", told.append) <= 61
+    assert len(told) == 1 and "process 7" in told[0] and "waiting 60 s" in told[0]
+
+
+def test_a_run_that_has_long_copied_nothing_is_shown_as_lost(place):
     os.utime(Path(place.uri[7:], "status.json"), (1000, 1000))
-    await_silence(place, "it", pytest.fail, pytest.fail, lambda: 1061.0)
     assert current_status("r", place.runs)["state"] == "lost"
-
-
-def test_one_that_was_just_killed_is_waited_for(place):
-    os.utime(Path(place.uri[7:], "status.json"), (1000, 1000))
-    now, told = [1020.0], []
-    await_silence(place, "process 7", told.append, lambda s: now.append(now[-1] + s), lambda: now[-1])
-    assert 1060 <= now[-1] <= 1062
-    assert len(told) == 1 and "process 7" in told[0] and "waiting 40 s" in told[0]
-
-
-def test_a_clock_that_is_wrong_lets_nobody_wait_for_ever(place):
-    os.utime(Path(place.uri[7:], "status.json"), (10**6, 10**6))
-    now = [1020.0]
-    await_silence(place, "it", lambda _: None, lambda s: now.append(now[-1] + s), lambda: now[-1])
-    assert now[-1] <= 1082
+    Path(place.uri[7:], ".alive").write_text("1")
+    assert current_status("r", place.runs)["state"] == "running"
 
 
 def test_one_that_copies_again_lives_and_one_that_says_its_over_is_not_waited_for(place):
     status = Path(place.uri[7:], "status.json")
+    for sign in (status.with_name(".alive"), status):
+        time = Time(lambda sign=sign: sign.write_text('{"state": "running", "learner_steps": 1}'))
+        with pytest.raises(RunError, match="run 'r' is going on: it has just copied it"):
+            time.wait(place)
+        assert time.now < 10
+    assert Time(lambda: status.write_text('{"state": "stopped"}')).wait(place) == 1
+    assert Time().wait(place) == 0
 
-    def change(text: str) -> Callable[[float], None]:
-        def sleep(_: float) -> None:
-            status.write_text(text)
-            os.utime(status, (1030, 1030))
 
-        return sleep
-
-    os.utime(status, (1000, 1000))
-    with pytest.raises(RunError, match="run 'r' is going on: it has just copied it"):
-        await_silence(place, "it", lambda _: None, change('{"state": "running"}'), lambda: 1020.0)
-    await_silence(place, "it", lambda _: None, change('{"state": "stopped"}'), lambda: 1031.0)
+def test_a_process_that_has_just_begun_is_waited_for_by_its_own_interval(there, on_machine, monkeypatch):
+    with created(there, "r", make_config({})) as (folder, copies):
+        folder.begin_launch()
+        folder.write_starting()
+        copies.push()
+        on_machine("b")
+        waits = []
+        monkeypatch.setattr(
+            "distributed_muzero.workers.runs.await_silence", lambda place, *rest: waits.append(rest)
+        )
+        with opened("r", there, pytest.fail) as (again, _):
+            assert again.read_status()["state"] == "starting"
+    assert waits[0][0].startswith(f"process {os.getpid()}") and waits[0][2] == 60
+    monkeypatch.setenv("DISTRIBUTED_MUZERO_COPY_SECONDS", "100")
+    on_machine("c")
+    Copies(local_runs_dir(there) / "r", f"{there}/r").claim()
+    monkeypatch.setenv("DISTRIBUTED_MUZERO_COPY_SECONDS", "1")
+    on_machine("d")
+    with opened("r", there, pytest.fail):
+        assert waits[1][2] == 200
