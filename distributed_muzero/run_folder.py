@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -218,12 +218,18 @@ class RunFolder:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keeps other processes from going on with the run in this folder. Raises RunError if one does."""
-    with (path / "lock").open("a") as file:
+    with ExitStack() as stack:
         try:
+            file = stack.enter_context((path / "lock").open("a"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise RunError(
                 f"run {path.name!r} is going on in another process; stop that one first, or wait for its end"
+            ) from None
+        except OSError as error:
+            raise RunError(
+                f"can't lock {path / 'lock'}, which keeps two processes from going on with one run: {error}; "
+                "its folder has to be writable, on a disk with room that knows locks"
             ) from None
         yield
 
@@ -314,13 +320,22 @@ def _inside(root: Path, name: str) -> Path:
 
 def _read_config(path: Path) -> Config:
     try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except FileNotFoundError:
         raise RunError(
             f"{path.parent} has no config.yaml; if it is a run's folder, write the `config` of a "
             "checkpoints/step_*/state.json there"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise RunError(f"can't read the run's {path}: {error}") from None
+    return config_of(data, path)
+
+
+def config_of(data: bytes, path: Path | str) -> Config:
+    """A run's config as its config.yaml holds it.   path: of that file, for messages. Raises RunError."""
+    try:
+        sections = yaml.safe_load(data.decode("utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise RunError(f"can't read the run's {path}: {error}") from None
     if not isinstance(sections, dict):
         raise RunError(f"the run's {path} isn't a mapping of sections; restore it, or start a new run")

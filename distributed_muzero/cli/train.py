@@ -109,7 +109,7 @@ def resume(
     def change(config: Config) -> Config:
         return make_config(config.model_dump(), changed, parse_overrides(set_ or []))
 
-    train_in(opened(run, runs_dir, tell, take_over), change, in_process)
+    train_in(opened(run, runs_dir, tell, take_over, change), change, in_process)
 
 
 def check_place(runs_dir: str) -> None:
@@ -157,14 +157,14 @@ def run_training(
     environment = make_environment(config.environment)
     environment.close()
     check_datasets(datasets, environment.spec)
-    if may_exist and name is not None and name in names_in(runs_dir):
-        run = opened(name, runs_dir, tell, take_over)
-    else:
-        run = created(runs_dir, name, config)
 
     def change(stored: Config) -> Config:
         return with_shards(config, stored.replay.num_shards) if keeps_shards else config
 
+    if may_exist and name is not None and name in names_in(runs_dir):
+        run = opened(name, runs_dir, tell, take_over, change)
+    else:
+        run = created(runs_dir, name, config)
     train_in(run, change, in_process, datasets)
 
 
@@ -198,10 +198,10 @@ def train_in(
         if copies and (in_process or datasets):
             copies.claim_shards(config.replay.num_shards)
         import_stored(folder, datasets, progress.message, stop.is_set)
-        if copies:
-            copies.push()
         if stop.is_set():
             return
+        if copies:
+            copies.push()
         launch = folder.begin_launch(RELOCATED_VERSIONS if copies and copies.was_fetched else 0)
         if copies:
             copies.settle()

@@ -23,6 +23,7 @@ from distributed_muzero.mirror.mirror import ALIVE
 from distributed_muzero.run_folder import (
     NAME,
     RunFolder,
+    config_of,
     create_run,
     default_run_name,
     locked,
@@ -124,10 +125,17 @@ def _free_name(runs_dir: str, config: Config, taken: Collection[str]) -> str:
 
 
 @contextmanager
-def opened(run: str, runs_dir: str, tell: Callable[[str], None], take_over: bool = False) -> Iterator[Opened]:
+def opened(
+    run: str,
+    runs_dir: str,
+    tell: Callable[[str], None],
+    take_over: bool = False,
+    change: Callable[[Config], Config] = lambda config: config,
+) -> Iterator[Opened]:
     """A run to go on with, which nobody else does meanwhile; taken over, where its copy is at a URI.
 
-    take_over: also from a process elsewhere that seems to go on with it. Raises RunError.
+    take_over: also from a process elsewhere that seems to go on with it.   change: what the caller will make of its
+    config; where the run can't have that, it is not taken over. Raises RunError, and what `change` raises.
     """
     place = place_of(run, runs_dir)
     if place is None:
@@ -136,13 +144,28 @@ def opened(run: str, runs_dir: str, tell: Callable[[str], None], take_over: bool
             yield folder, None
         return
     _check_exists(place)
-    place.local.mkdir(parents=True, exist_ok=True)
+    _check_change(place, change)
+    try:
+        place.local.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"can't make {place.local}, the folder on this machine for run {place.name!r}: {error}; name a disk with "
+            f"room by {uris.CACHE_VARIABLE}"
+        ) from None
     with locked(place.local):
         copies = Copies(place.local, place.uri)
         if not take_over and (owner := copies.owner_elsewhere()):
             await_silence(place, owner, tell, silent_seconds(copies.interval_elsewhere()))
         copies.claim()
         yield replace(open_run(place.name, place.local.parent), uri=place.uri), copies
+
+
+def _check_change(place: Place, change: Callable[[Config], Config]) -> None:
+    """Before a run elsewhere is ended for it."""
+    data, _ = read_at(place.uri, "config.yaml")
+    if data is not None:
+        stored = config_of(data, f"{uris.shown(place.uri)}/config.yaml")
+        RunFolder(place.local, stored, place.uri).with_config(change(stored))
 
 
 def await_silence(

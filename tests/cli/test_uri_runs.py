@@ -20,7 +20,7 @@ from distributed_muzero.errors import RunError
 from distributed_muzero.mirror.download import fetch
 from distributed_muzero.mirror.uri import local_runs_dir
 from distributed_muzero.replay.inspection import list_all_held
-from distributed_muzero.run_folder import create_run
+from distributed_muzero.run_folder import create_run, locked
 from distributed_muzero.workers.run_copy import Copies, ShardCopy, interval_seconds
 from distributed_muzero.workers.runs import (
     Place,
@@ -196,6 +196,36 @@ def test_who_takes_a_run_over_ends_it_elsewhere_but_not_by_mistake(there, on_mac
     assert last_json("replay", "verify", "r")["ok"]
     ids = held_ids(there)
     assert len(set(ids)) == len(ids)
+
+
+def test_who_asks_for_what_a_run_cant_have_does_not_end_it_elsewhere(there, on_machine):
+    with created(there, "r", make_config({})) as (_, copies):
+        copies.push()
+        on_machine("b")
+        for options, message in (
+            (("--shards", 4), "can't have 4"),
+            (("--set", "network.name=other"), "network.name"),
+            (("--set", "learner.batch_size=none"), "batch_size"),
+        ):
+            assert message in fail("resume", "r", "--in-process", "--take-over", *options)
+        copies.push()
+        copies.check()
+    assert not local_runs_dir(there).exists()
+
+
+def test_a_disk_that_is_a_file_is_told_with_the_variable_that_names_another(there, on_machine):
+    with created(there, "r", make_config({})):
+        pass
+    on_machine("b").write_text("")
+    expected = "can't make .*/b/.*Not a directory.*DISTRIBUTED_MUZERO_CACHE_DIR"
+    with pytest.raises(RunError, match=expected), opened("r", there, print):
+        pass
+
+
+def test_a_lock_that_cant_be_opened_is_no_other_process(tmp_path):
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(RunError, match=r"can't lock .*/lock.* Is a directory"), locked(tmp_path):
+        pass
 
 
 # What a shard's own process sees to, and what can't change --------------------------------------------------------
