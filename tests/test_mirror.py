@@ -128,14 +128,17 @@ def test_a_run_lies_below_its_runs_folder_and_before_the_query():
 
 
 def test_each_uri_has_a_folder_of_its_own_on_this_machine(monkeypatch, tmp_path):
-    monkeypatch.setenv("DISTRIBUTED_MUZERO_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("DISTRIBUTED_MUZERO_STATE_DIR", str(tmp_path))
     folder = uri.local_runs_dir("s3://bucket/my/runs/")
     assert folder.parent == tmp_path and folder.name.startswith("bucket-my-runs-")
     assert folder == uri.local_runs_dir("s3://bucket/my/runs")
     assert folder != uri.local_runs_dir("s3://bucket/my-runs")
-    monkeypatch.delenv("DISTRIBUTED_MUZERO_CACHE_DIR")
+    monkeypatch.delenv("DISTRIBUTED_MUZERO_STATE_DIR")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert uri.local_runs_dir("s3://b").parent == tmp_path / "home/.cache/distributed_muzero"
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    assert uri.local_runs_dir("s3://b").parent == tmp_path / "home/.local/state/distributed_muzero"
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    assert uri.local_runs_dir("s3://b").parent == tmp_path / "state/distributed_muzero"
 
 
 @pytest.mark.parametrize(
@@ -511,6 +514,48 @@ def test_the_copy_replaces_what_another_process_has_overtaken(any_uri, tmp_path)
     assert contents(first) == {"log": b"12", "new/file": b"y", "replay/log": b"of another"}
     assert (first / "lock").exists()
     assert back.push() and back.stats()["files"] == 0
+
+
+@pytest.mark.parametrize(
+    "lost", ["checkpoints", "checkpoints/step_2", "episodes", "episodes/segment_2.log", "journal"]
+)
+def test_a_folder_that_somebody_emptied_is_fetched_and_the_copy_stays(a_uri, tmp_path, lost):
+    here = write(
+        tmp_path / "here",
+        config=b"1",
+        checkpoints__step_1__DONE=b"1",
+        checkpoints__step_2__DONE=b"2",
+        episodes__segment_1_dot_log=b"1",
+        episodes__segment_2_dot_log=b"2",
+        journal__segment_1_dot_log=b"1",
+    )
+    pushed(here, a_uri)
+    everything = contents(here)
+    shutil.rmtree(here / lost) if (here / lost).is_dir() else (here / lost).unlink()
+    mirror = Mirror(here, a_uri)
+    assert mirror.claim() == "fetched" and mirror.was_fetched
+    assert mirror.push() and contents(here) == everything == contents(fetch(a_uri, tmp_path / "read"))
+
+
+def test_a_folder_that_went_on_without_what_is_old_is_kept(a_uri, tmp_path):
+    here = write(
+        tmp_path / "here",
+        checkpoints__step_1__DONE=b"1",
+        episodes__segment_1_dot_log=b"1",
+        episodes__segment_2_dot_log=b"2",
+        journal__segment_1_dot_log=b"1",
+    )
+    pushed(here, a_uri)
+    write(
+        here,
+        checkpoints__step_2__DONE=b"2",
+        episodes__segment_3_dot_log=b"3",
+        journal__segment_2_dot_log=b"2",
+    )
+    shutil.rmtree(here / "checkpoints/step_1")
+    (here / "episodes/segment_1.log").unlink()
+    (here / "journal/segment_1.log").unlink()
+    assert Mirror(here, a_uri).claim() == "kept"
 
 
 def test_that_a_folder_was_fetched_is_known_until_it_is_settled(a_uri, tmp_path):

@@ -28,6 +28,7 @@ from distributed_muzero.mirror.plan import (
     Unsteady,
     checkpoint_of,
     folders_of,
+    has_lost,
     is_record,
     look,
     marked_step,
@@ -134,7 +135,8 @@ class Mirror:
         """Makes this process the owner, and the folder as new as its copy or newer; says what it found.
 
         new: nothing was there.   kept: nobody else has owned the copy since; the folder stays, it may be newer.
-        fetched: the folder was absent, or another process has owned the copy since; it holds the copy now.
+        fetched: the folder was absent or has lost what was copied, or another process has owned the copy since; it
+        holds the copy now.
         may_be_late: a process that begins again where it was goes on with its folder while the store can't be reached;
         the next push takes over, or finds that another process has. Raises RunError if the store or the disk refuses.
         """
@@ -147,6 +149,10 @@ class Mirror:
             raise RunError(f"can't take over the run's copy: {error}") from error
 
     def _claim(self, tokens: list[str], may_be_late: bool) -> Literal["new", "kept", "fetched"]:
+        local = look(self.local, self.exclude) if tokens else {}
+        # Somebody has emptied the folder: the copy must not lose the same.
+        lost = has_lost(self._copied, local)
+        may_be_late = may_be_late and not lost
         try:
             owner = _token_of(self._remote.read(OWNER))
             is_new = not remote_files(self._remote, self.exclude)
@@ -155,7 +161,7 @@ class Mirror:
                 raise
             return self._claim_later(error)
         # Without an owner there, nobody has owned it after us.
-        is_ours = bool(tokens) and owner in (None, *tokens) and bool(look(self.local, self.exclude))
+        is_ours = bool(local) and not lost and owner in (None, *tokens)
         if is_new or is_ours:
             self.local.mkdir(parents=True, exist_ok=True)
             self._write_state()

@@ -128,5 +128,28 @@ def marked_step(best: bytes) -> int | None:
         return None
 
 
+def has_lost(recorded: Iterable[str], local: Iterable[str]) -> bool:
+    """Whether the newest checkpoint or segment of any folder is gone, with none after it.
+
+    A run itself removes old ones only, after it has written newer ones.
+    """
+    newest = _newest(local)
+    return any(newest.get(folder, (0, "")) < last for folder, last in _newest(recorded).items())
+
+
+def _newest(names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """The last checkpoint or segment by the folder it lies in, in an order that knows 10 comes after 9."""
+    found: dict[str, tuple[int, str]] = {}
+    for name in names:
+        path = PurePosixPath(name)
+        if path.name == "DONE" and checkpoint_of(name):
+            path = path.parent
+        elif not path.name.startswith("segment_"):
+            continue
+        folder = str(path.parent)
+        found[folder] = max(found.get(folder, (0, "")), (len(path.name), path.name))
+    return found
+
+
 def folders_of(names: Iterable[str]) -> set[str]:
     return {str(parent) for name in names for parent in PurePosixPath(name).parents}

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-CACHE_VARIABLE = "DISTRIBUTED_MUZERO_CACHE_DIR"
+STATE_VARIABLE = "DISTRIBUTED_MUZERO_STATE_DIR"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
@@ -38,11 +38,13 @@ def shown(uri: str) -> str:
 def local_runs_dir(uri: str) -> Path:
     """The folder on this machine for the runs of a URI: one for each URI, with a name that tells which.
 
-    It lies in $DISTRIBUTED_MUZERO_CACHE_DIR, else in ~/.cache/distributed_muzero.
+    It lies in $DISTRIBUTED_MUZERO_STATE_DIR, else in $XDG_STATE_HOME or ~/.local/state: no cache, as until the next
+    copy it is the only place of what the run has just done.
     """
     uri = join(uri)
     parts = urlsplit(uri)
     readable = re.sub(r"[^A-Za-z0-9]+", "-", parts.netloc.rpartition("@")[2] + parts.path).strip("-")[:48]
     short_hash = hashlib.sha256(uri.encode()).hexdigest()[:8]
-    cache = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "distributed_muzero"
-    return Path(cache).expanduser().absolute() / f"{readable}-{short_hash}"
+    home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    state = Path(os.environ.get(STATE_VARIABLE) or home / "distributed_muzero")
+    return state.expanduser().absolute() / f"{readable}-{short_hash}"

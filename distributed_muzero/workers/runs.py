@@ -150,7 +150,7 @@ def opened(
     except OSError as error:
         raise RunError(
             f"can't make {place.local}, the folder on this machine for run {place.name!r}: {error}; name a disk with "
-            f"room by {uris.CACHE_VARIABLE}"
+            f"room by {uris.STATE_VARIABLE}"
         ) from None
     with locked(place.local):
         copies = Copies(place.local, place.uri)

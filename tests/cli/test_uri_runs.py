@@ -50,7 +50,7 @@ def on_machine(tmp_path, monkeypatch) -> Callable[[str], Path]:
 
     def go_to(name: str) -> Path:
         disk = tmp_path / name
-        monkeypatch.setenv("DISTRIBUTED_MUZERO_CACHE_DIR", str(disk))
+        monkeypatch.setenv("DISTRIBUTED_MUZERO_STATE_DIR", str(disk))
         return disk
 
     go_to("a")
@@ -217,7 +217,7 @@ def test_a_disk_that_is_a_file_is_told_with_the_variable_that_names_another(ther
     with created(there, "r", make_config({})):
         pass
     on_machine("b").write_text("")
-    expected = "can't make .*/b/.*Not a directory.*DISTRIBUTED_MUZERO_CACHE_DIR"
+    expected = "can't make .*/b/.*Not a directory.*DISTRIBUTED_MUZERO_STATE_DIR"
     with pytest.raises(RunError, match=expected), opened("r", there, print):
         pass
 

@@ -40,7 +40,7 @@ def held_ids(replay: Path) -> list[list[str]]:
 
 
 def test_killed_with_its_machine_a_run_goes_on_elsewhere_from_its_last_copy(s3, tmp_path, monkeypatch):
-    monkeypatch.setenv("DISTRIBUTED_MUZERO_CACHE_DIR", str(tmp_path / "a"))
+    monkeypatch.setenv("DISTRIBUTED_MUZERO_STATE_DIR", str(tmp_path / "a"))
     forever = ("--set", "run.max_train_steps=null", "--max-minutes", 3)
     with started("train", "--preset", "debug", "--name", "r", "--shards", NUM_SHARDS, *forever):
         copied = wait_for(
@@ -53,7 +53,7 @@ def test_killed_with_its_machine_a_run_goes_on_elsewhere_from_its_last_copy(s3, 
 
     acknowledged = held_ids(local_runs_dir(s3) / "r" / "replay")
     shutil.rmtree(tmp_path / "a")
-    monkeypatch.setenv("DISTRIBUTED_MUZERO_CACHE_DIR", str(tmp_path / "b"))
+    monkeypatch.setenv("DISTRIBUTED_MUZERO_STATE_DIR", str(tmp_path / "b"))
     found = held_ids(open_to_read("r", s3).replay)
     for before, now, all_of_them in zip(pushed, found, acknowledged, strict=True):
         assert now[: len(before)] == before
