@@ -24,7 +24,7 @@ from distributed_muzero.errors import RunError
 from distributed_muzero.mirror import mirror as mirror_module
 from distributed_muzero.mirror import plan, uri
 from distributed_muzero.mirror.download import fetch, names_at
-from distributed_muzero.mirror.mirror import Mirror
+from distributed_muzero.mirror.mirror import Mirror, keep_pushing
 from distributed_muzero.mirror.remote import CHUNK_BYTES, Remote, RemoteError
 from distributed_muzero.replay import store as replay_store
 from distributed_muzero.workers.replay_shard import ReplayShard
@@ -896,6 +896,27 @@ def test_the_end_waits_for_the_last_push_for_a_bounded_time_only(a_uri, tmp_path
             thread.join(20)
     # What was under way is finished, and nothing after it is begun.
     assert contents(fetch(a_uri, tmp_path / "read")) == {"a": b"1"}
+
+
+def test_the_last_pushes_of_several_folders_share_their_time(tmp_path):
+    mirrors = [
+        claimed(
+            write(tmp_path / name, a=b"1", b=b"2"), f"file://{tmp_path}/there/{name}", last_push_seconds=0.5
+        )
+        for name in "123"
+    ]
+    hold = threading.Event()
+    for mirror in mirrors:
+        watch(mirror, lambda *_: hold.wait(20))
+    began = time.monotonic()
+    with keep_pushing(mirrors):
+        pass
+    assert 0.5 <= time.monotonic() - began < 1.4
+    hold.set()
+    for thread in threading.enumerate():
+        if thread.name == "mirror":
+            thread.join(20)
+    assert [mirror.stats()["files"] for mirror in mirrors] == [1, 1, 1]
 
 
 # To be read -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -438,21 +438,21 @@ class Mirror:
 
         If another process has taken over, `check` raises from then on, and nothing is pushed any more.
         """
-        ending = threading.Event()
+        with keep_pushing([self]):
+            yield
+
+    def _start(self, ending: threading.Event) -> threading.Thread:
         self._given_up.clear()
         thread = threading.Thread(target=self._push_until, args=(ending,), name="mirror", daemon=True)
         thread.start()
-        try:
-            yield
-        finally:
-            ending.set()
-            thread.join(self.last_push_seconds)
-            if thread.is_alive():
-                self._given_up.set()
-                self._tell(
-                    f"the last copy to {shown(self.uri)} isn't done after {self.last_push_seconds:g} s; "
-                    f"what is missing there lies in {self.local}"
-                )
+        return thread
+
+    def _give_up(self) -> None:
+        self._given_up.set()
+        self._tell(
+            f"the last copy to {shown(self.uri)} isn't done after {self.last_push_seconds:g} s; "
+            f"what is missing there lies in {self.local}"
+        )
 
     def _push_until(self, ending: threading.Event) -> None:
         try:
@@ -462,6 +462,22 @@ class Mirror:
         except RunError as error:
             # `check` raises it.
             self._tell(str(error))
+
+
+@contextmanager
+def keep_pushing(mirrors: Sequence[Mirror]) -> Iterator[None]:
+    """As `Mirror.keep_pushing`, of several at once: their last pushes share the time that the first one's may take."""
+    ending = threading.Event()
+    threads = [mirror._start(ending) for mirror in mirrors]
+    try:
+        yield
+    finally:
+        ending.set()
+        deadline = time.monotonic() + mirrors[0].last_push_seconds
+        for mirror, thread in zip(mirrors, threads, strict=True):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                mirror._give_up()
 
 
 def _token_of(data: bytes | None) -> str | None:

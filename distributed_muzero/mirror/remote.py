@@ -17,8 +17,8 @@ from pyarrow.lib import ArrowException
 from distributed_muzero.errors import RunError
 from distributed_muzero.mirror.uri import shown
 
-CONNECT_SECONDS = 5.0
-REQUEST_SECONDS = 8.0  # without a byte
+CONNECT_SECONDS = 3.0
+REQUEST_SECONDS = 5.0  # without a byte
 # So many times a request is tried. A process that ends waits for the one under way; a push is tried again anyhow.
 ATTEMPTS = 2
 CHUNK_BYTES = 8 * 1024**2  # what is held in memory of a file

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 from distributed_muzero.errors import RunError
 from distributed_muzero.mirror import uri as uris
-from distributed_muzero.mirror.mirror import Mirror
+from distributed_muzero.mirror.mirror import Mirror, keep_pushing
 
 COPIED_BY_SHARDS = ("replay", "replay.resharding", "replay.before-resharding")
 INTERVAL_VARIABLE = "DISTRIBUTED_MUZERO_COPY_SECONDS"
 INTERVAL_SECONDS = 30.0
-# Of one mirror. With draining and a checkpoint it fits into the time between a job's SIGTERM and SIGKILL.
-LAST_PUSH_SECONDS = 10.0
+# Of all mirrors of a process together. Nothing is begun after it, but one request that hangs may hold the process up
+# for its own time limit (mirror/remote.py).
+LAST_PUSH_SECONDS = 8.0
 MAX_MESSAGES = 100
 
 logger = logging.getLogger(__name__)
@@ -101,9 +102,7 @@ class Copies:
     @contextmanager
     def keep_pushing(self) -> Iterator[None]:
         """Copies in the background, and once more in the end."""
-        with ExitStack() as stack:
-            for mirror in (self._run, *self._shards):
-                stack.enter_context(mirror.keep_pushing())
+        with keep_pushing([self._run, *self._shards]):
             yield
 
     def check(self) -> None:
