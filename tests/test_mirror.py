@@ -606,6 +606,55 @@ def test_who_is_overtaken_in_the_middle_of_a_push_stops_there(a_uri, tmp_path):
     assert not {"b", "c"} & contents(Path(a_uri.removeprefix("file://"))).keys()
 
 
+def test_who_is_overtaken_during_a_long_upload_replaces_nothing(any_uri, tmp_path):
+    now = 0.0
+    old = b"old" * CHUNK_BYTES
+    here = write(tmp_path / "here", log=old)
+    mirror = pushed(here, any_uri, clock=lambda: now)
+    write(here, log=b"new" * CHUNK_BYTES)
+
+    def overtake(operation: str, path: str) -> None:
+        nonlocal now
+        if operation == "open_output_stream":
+            now += 2.0
+            claimed(tmp_path / "elsewhere", any_uri)
+
+    watch(mirror, overtake)
+    with pytest.raises(RunError, match="taken the run over"):
+        mirror.push()
+    assert contents(fetch(any_uri, tmp_path / "read")) == {"log": old}
+
+
+def test_what_was_newer_in_a_folder_that_is_replaced_is_told(a_uri, tmp_path):
+    here = write(tmp_path / "here", a=b"1", b=b"1", c=b"1")
+    pushed(here, a_uri)
+    claimed(tmp_path / "elsewhere", a_uri)
+    write(here, a=b"12", new=b"1")
+    told: list[str] = []
+    assert Mirror(here, a_uri, tell=told.append).claim() == "fetched"
+    assert len(told) == 1 and f"{here} held 2 files that were newer" in told[0]
+
+
+def test_a_disk_that_fills_while_a_copy_is_fetched_keeps_no_half_of_it(a_uri, tmp_path, monkeypatch):
+    pushed(write(tmp_path / "here", a=b"1", b=b"2"), a_uri)
+    there = write(tmp_path / "elsewhere", stale=b"x")
+    original = Remote.download
+
+    def download(remote: Remote, name: str, path: Path) -> bool:
+        if name == "b":
+            raise OSError(28, "No space left on device")
+        return original(remote, name, path)
+
+    with monkeypatch.context() as patched, pytest.raises(RunError) as error:
+        patched.setattr(Remote, "download", download)
+        Mirror(there, a_uri).claim()
+    for part in (str(there), "No space left", "make room there", "DISTRIBUTED_MUZERO_STATE_DIR"):
+        assert part in str(error.value)
+    assert [path.name for path in there.iterdir()] == ["stale"]
+    assert Mirror(there, a_uri).claim() == "fetched"
+    assert contents(there) == {"a": b"1", "b": b"2"}
+
+
 def test_a_kill_at_any_point_of_a_claim_keeps_what_is_newer_on_the_disk(a_uri, tmp_path, monkeypatch):
     here = write(tmp_path / "here", log=b"old")
     pushed(here, a_uri)

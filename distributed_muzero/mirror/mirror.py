@@ -39,7 +39,7 @@ from distributed_muzero.mirror.plan import (
     upload_order,
 )
 from distributed_muzero.mirror.remote import Remote, RemoteError
-from distributed_muzero.mirror.uri import shown
+from distributed_muzero.mirror.uri import STATE_VARIABLE, shown
 
 OWNER = ".owner"
 ALIVE = ".alive"  # written anew with every copy in the background
@@ -144,6 +144,9 @@ class Mirror:
         self._tokens = [*tokens, uuid.uuid4().hex]
         try:
             return self._claim(tokens, may_be_late and bool(tokens))
+        except RunError:
+            self._tokens = []
+            raise
         except (RemoteError, OSError, Unsteady) as error:
             self._tokens = []
             raise RunError(f"can't take over the run's copy: {error}") from error
@@ -154,7 +157,8 @@ class Mirror:
         lost = has_lost(self._copied, local)
         may_be_late = may_be_late and not lost
         try:
-            owner = _token_of(self._remote.read(OWNER))
+            data = self._remote.read(OWNER)
+            owner = _token_of(data)
             is_new = not remote_files(self._remote, self.exclude)
         except RemoteError as error:
             if not may_be_late:
@@ -173,8 +177,14 @@ class Mirror:
                 raise
             return self._claim_later(error)
         if not is_new and not is_ours:
+            num_newer = sum(self._copied.get(name) != stamp for name, stamp in local.items())
             self._copied = self._replace_folder()
             self.was_fetched = True
+            if num_newer and not lost:
+                self._tell(
+                    f"{self.local} held {num_newer} files that were newer than their copies when "
+                    f"{_describe(data)} took the run over; what that one has copied has replaced them"
+                )
         self._forget_old_tokens()
         return "kept" if is_ours else "new" if is_new else "fetched"
 
@@ -196,15 +206,22 @@ class Mirror:
         """Puts the copy in its place. Until the state is written anew, the next claim does it again."""
         downloaded = self.local / DOWNLOADED
         shutil.rmtree(downloaded, ignore_errors=True)
-        download(self._remote, downloaded, self.exclude)
-        (self.local / STATE).unlink(missing_ok=True)
-        for path in self.local.iterdir():
-            if path.name not in self.exclude and not path.name.startswith(".") and path.name != "lock":
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        for path in downloaded.iterdir():
-            path.rename(self.local / path.name)
-        downloaded.rmdir()
-        sync_folder(self.local)
+        try:
+            download(self._remote, downloaded, self.exclude)
+            (self.local / STATE).unlink(missing_ok=True)
+            for path in self.local.iterdir():
+                if path.name not in self.exclude and not path.name.startswith(".") and path.name != "lock":
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            for path in downloaded.iterdir():
+                path.rename(self.local / path.name)
+            sync_folder(self.local)
+        except OSError as error:
+            raise RunError(
+                f"can't fetch {shown(self.uri)} into {self.local}: {error}; make room there, or name another disk by "
+                f"{STATE_VARIABLE}, and try again: the copy is intact"
+            ) from None
+        finally:
+            shutil.rmtree(downloaded, ignore_errors=True)
         return look(self.local, self.exclude)
 
     def _write_owner(self) -> None:
@@ -223,11 +240,15 @@ class Mirror:
         self._write_state()
 
     def _check_owner(self, max_seconds: float = 0.0) -> None:
-        """Raises RunError if another process has taken over, as was known `max_seconds` ago at the latest."""
+        """As `_check_not_replaced`; raises RemoteError if the time for the last push is over."""
         if self._given_up.is_set():
             raise RemoteError(
                 f"the last copy to {shown(self.uri)} wasn't done after {self.last_push_seconds:g} s"
             )
+        self._check_not_replaced(max_seconds)
+
+    def _check_not_replaced(self, max_seconds: float) -> None:
+        """Raises RunError if another process has taken over, as was known `max_seconds` ago at the latest."""
         if max_seconds and self._clock() - self._owned_at < max_seconds:
             return
         data = self._remote.read(OWNER)
@@ -393,7 +414,9 @@ class Mirror:
                     if step is None or step in map(step_of, (f"{folder}/DONE" for folder in self._gone)):
                         return False
                     file.seek(0)
-                self._remote.write(name, file, stamp.num_bytes)
+                self._remote.write(
+                    name, file, stamp.num_bytes, lambda: self._check_not_replaced(OWNER_SECONDS)
+                )
         except FileNotFoundError:
             folder = checkpoint_of(name)
             if folder is None or (self.local / folder).exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -117,9 +117,12 @@ class Remote:
             os.fsync(file.fileno())
         return True
 
-    def write(self, name: str, file: BinaryIO, num_bytes: int) -> None:
+    def write(
+        self, name: str, file: BinaryIO, num_bytes: int, before_move: Callable[[], None] = lambda: None
+    ) -> None:
         """Copies the next bytes of an open file, fewer if it ends before. Until all are there, the old file stays.
 
+        before_move: called when an upload is done that may have taken long, before it gets its name; may raise.
         Raises OSError if the open file can't be read.
         """
         first = file.read(min(num_bytes, CHUNK_BYTES))
@@ -130,6 +133,8 @@ class Remote:
         # A stream that broke off may close with what it got so far: never under the file's own name.
         with self._reported("write", name):
             self._write_stream(self._temporary, _chunks(first, file, num_bytes))
+        before_move()
+        with self._reported("write", name):
             if not self._is_object_store:
                 self._make_parent(name)
             self._files.move(self._path(self._temporary), self._path(name))
