@@ -77,7 +77,7 @@ def submit(
     from distributed_muzero.mirror.uri import is_uri
     from distributed_muzero.run_folder import check_name, default_run_name
 
-    run = name or default_run_name(chosen)
+    run = default_run_name(chosen) if name is None else name
     check_name(run)
     for option, place in (("--runs-dir", runs_dir), *(("--offline", path) for path in offline or [])):
         if place is not None and not is_uri(place) and not Path(place).is_absolute():
@@ -125,8 +125,14 @@ def watched(
 ) -> Iterator[dict[str, Any]]:
     """The run's status; with `watch`, every two seconds until the run, or the time, is over."""
     from distributed_muzero.cluster.jobs import Jobs, cluster_address, is_http, last_json
+    from distributed_muzero.workers.runs import has_run
 
     where = cluster_address(address)
+    if where is None and run and has_run(run, runs_dir):  # its driver writes there what it would answer
+        yield from _of_a_folder(run, runs_dir, watch, None)
+        return
+    if is_http(where):
+        run = Jobs(where).find(run).run
     arguments = ["status", *([run] if run else []), "--json"]
     if is_http(where) and not watch:
         yield last_json(Jobs(where).execute(arguments))
@@ -164,7 +170,7 @@ def watched(
 
 
 def _of_a_folder(
-    run: str | None, runs_dir: str, watch: bool, error: ClusterError
+    run: str | None, runs_dir: str, watch: bool, error: ClusterError | None
 ) -> Iterator[dict[str, Any]]:
     """Of a run of `train` on this machine."""
     from distributed_muzero.workers.runs import current_status, names_in
@@ -207,16 +213,17 @@ def scale(
     run: Run,
     address: Address = None,
     actors: Annotated[
-        int | None, typer.Option(help="As many; those that are too many deliver their games first.")
+        int | None, typer.Option(min=1, help="As many; those that are too many deliver their games first.")
     ] = None,
     autoscale: Annotated[
         str | None,
         typer.Option(metavar="MIN:MAX|off", help="As many actors as keep actors and learner busy."),
     ] = None,
     shards: Annotated[
-        int | None, typer.Option(help="Replay shards; the run pauses while their episodes are laid out anew.")
+        int | None,
+        typer.Option(min=1, help="Replay shards; the run pauses while their episodes are laid out anew."),
     ] = None,
-    reanalysers: Annotated[int | None, typer.Option(help="Reanalysers.")] = None,
+    reanalysers: Annotated[int | None, typer.Option(min=1, help="Reanalysers.")] = None,
     as_json: Json = False,
 ) -> None:
     """Change how many processes of a kind a run in a cluster has, while it goes on."""
@@ -246,7 +253,10 @@ def scale(
             "--reanalysers": reanalysers,
         }
         given = [str(word) for pair in numbers.items() if pair[1] is not None for word in pair]
-        desired = last_json(Jobs(where).execute(["scale", run, *given, "--json"]))
+        jobs = Jobs(where)
+        if not (job := jobs.find(run)).goes_on:
+            raise RunError(f"run {run!r} isn't going on: it has {job.state}")
+        desired = last_json(jobs.execute(["scale", run, *given, "--json"]))
     else:
         from distributed_muzero.cluster.control import change, joined
 
@@ -315,10 +325,10 @@ def runs(address: Address = None, runs_dir: options.RunsDir = options.RUNS, as_j
 
     try:
         found = [job.summary() for job in Jobs(address).runs()]
-    except ClusterError:
+    except ClusterError as error:
         if cluster_address(address) is not None:
             raise
-        _tell(f"no cluster on this machine; the runs in {runs_dir}:")
+        _tell(f"{error}\nThe runs in {runs_dir}:")
         found = [
             {"run": name, "state": current_status(name, runs_dir)["state"]} for name in names_in(runs_dir)
         ]

@@ -24,11 +24,12 @@ ROWS = (
     ("shards", "shards", ""),
     ("reanalysers", "reanalysers", ""),
     ("restarts", "restarts", ""),
-    ("lost games", "undelivered_episodes", ""),
+    ("undelivered games", "undelivered_episodes", ""),
     ("time", "seconds", " s"),
     ("folder", "folder", ""),
 )
 
+PIPED_WIDTH = 200  # no name is broken
 TIMES = ("started", "ended")
 
 
@@ -68,7 +69,10 @@ def show_runs(runs: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(name, overflow="fold")
     for run in runs:
         table.add_row(*(_time(value) if name in TIMES else str(value) for name, value in run.items()))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    console.print(table)
 
 
 def _time(iso: str | None) -> str:

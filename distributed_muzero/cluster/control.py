@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import datetime
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,17 @@ def run_status(run: str | None, runs_dir: Path | str, address: str | None) -> di
     with suppress(RunError):
         status = last_status(run, job.runs_dir or str(runs_dir)) or {}
     state = job.state
-    if job.goes_on and status.get("state") not in (None, "running"):
+    if job.goes_on and is_before(status, job.started):
         status = {}  # of the launch before
     if not job.goes_on and status.get("state") in ("finished", "stopped"):
         state = status["state"]
     return {**status, "run": run, "state": state}
+
+
+def is_before(status: Mapping[str, Any], moment: float | None) -> bool:
+    """Whether a status was written before (seconds since 1970)."""
+    updated = status.get("updated")
+    return moment is None or updated is None or datetime.datetime.fromisoformat(updated).timestamp() < moment
 
 
 def change(run: str, **wishes: Any) -> Desired:
@@ -66,12 +73,7 @@ def _only_run(address: str | None) -> str:
     names = names_going_on()
     if len(names) > 1:
         raise RunError(f"several runs are going on: {', '.join(names)}; name one")
-    if names:
-        return names[0]
-    jobs = Jobs(address).runs()
-    if not jobs:
-        raise RunError("the cluster has no runs yet; submit one")
-    return jobs[0].run
+    return names[0] if names else Jobs(address).find(None).run
 
 
 def _ask(run: str, method: str, **arguments: Any) -> Any:

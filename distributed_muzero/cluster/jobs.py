@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import requests
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RpcError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from distributed_muzero.config import Config
@@ -45,6 +45,9 @@ GOING_ON = ("pending", "running")
 STOP_WAIT_SECONDS = 40
 REQUEST_SECONDS = 30.0
 POLL_SECONDS = 0.5
+CHATTY = (
+    "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging",
+)  # fmt: skip
 AGENT_SECONDS = 60.0
 COMMAND_SECONDS = 120.0  # of a small job; most of it is Ray's start of a process
 MAX_LISTED = 20  # runs named in an error
@@ -95,8 +98,8 @@ class Jobs:
             os.environ[ADDRESS_VARIABLES[0]] = self.address
         with self._clear_errors():
             self._client = Client(self.address)
-        # Told of each package that is uploaded.
-        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+        # Told of each package that is uploaded, and of each end of a log.
+        for name in CHATTY:
             logging.getLogger(name).setLevel(logging.ERROR)
 
     def runs(self) -> list[RunJob]:
@@ -106,14 +109,24 @@ class Jobs:
         jobs = [job for details in found if (job := as_run_job(details)) is not None]
         return sorted(jobs, key=lambda job: job.started or 0, reverse=True)
 
-    def find(self, run: str) -> RunJob:
-        """The newest launch of a run. Raises RunError if there is none, naming those there are."""
-        if job := self.find_or_none(run):
-            return job
+    def find(self, run: str | None) -> RunJob:
+        """The newest launch of a run. Raises RunError if there is none, naming those there are.
+
+        run: without a name, the only one that goes on, or else the newest.
+        """
         jobs = self.runs()
         names = list(dict.fromkeys(job.run for job in jobs))
         if not names:
-            raise RunError(f"no run {run!r}: the cluster has no runs yet; submit one")
+            raise RunError(f"no run{f' {run!r}' if run else ''}: the cluster has no runs yet; submit one")
+        if run is None:
+            going_on = [job for job in jobs if job.goes_on]
+            if len(going_on) > 1:
+                raise RunError(
+                    f"several runs are going on: {', '.join(job.run for job in going_on)}; name one"
+                )
+            return (going_on or jobs)[0]
+        if job := next((job for job in jobs if job.run == run), None):
+            return job
         close = difflib.get_close_matches(run, names, n=1, cutoff=0.5)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise RunError(f"no run {run!r} in the cluster{hint}. Newest first: {', '.join(names[:MAX_LISTED])}")
@@ -148,7 +161,8 @@ class Jobs:
             raise RunError(
                 f"run {run!r} is going on (job {before[0].job_id}); choose another --name, or stop it"
             )
-        if before and not may_exist:
+        # One that failed may never have begun; if it did, the new one is refused by its folder.
+        if any(job.state != "failed" for job in before) and not may_exist:
             raise RunError(
                 f"run {run!r} exists ({before[0].state}); choose another --name, or go on with it: --resume auto"
             )
@@ -290,7 +304,12 @@ class Jobs:
                 f"the cluster {where} refused the token: {first_line(error)}; put its token into ~/.ray/auth_token or "
                 "RAY_AUTH_TOKEN and set RAY_AUTH_MODE=token"
             ) from None
-        except (ConnectionError, requests.exceptions.RequestException, aiohttp.ClientError) as error:
+        except (
+            ConnectionError,
+            RpcError,
+            requests.exceptions.RequestException,
+            aiohttp.ClientError,
+        ) as error:
             raise ClusterError(
                 f"no Ray cluster answers {where}: {first_line(error)}; give its address with --address "
                 "http://HOST:8265 (`ray dashboard cluster.yaml` opens a tunnel to it), or set RAY_ADDRESS"

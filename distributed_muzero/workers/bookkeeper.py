@@ -22,6 +22,7 @@ from distributed_muzero.workers.run_copy import Copies
 from distributed_muzero.workers.run_state import ActorReport, Crew, LearnerReport, RunState
 
 TICK_SECONDS = 1.0
+AT_WORK = ("starting", "running")
 # Weights versions are written down as given before they are, so many at once; a kill leaves the rest unused.
 RESERVED_VERSIONS = 100
 INCARNATIONS_A_LAUNCH = 10**6
@@ -266,7 +267,9 @@ class Bookkeeper:
 
     def write_status(self, status: str, metrics: Mapping[str, float]) -> None:
         """Writes status.json, which `self.status` holds as well; docs/operations.md names its keys."""
-        state, crew = self.state, self._crew
+        state, is_at_work = self.state, status in AT_WORK
+        crew = self._crew if is_at_work else Crew(0)
+        rates = metrics if is_at_work else {}
         self.status = {
             "run": self.folder.name,
             "state": status,
@@ -280,15 +283,15 @@ class Bookkeeper:
             "reanalysers": crew.reanalysers,
             "shards": self.config.replay.num_shards,
             "env_steps": state.env_steps,
-            "env_steps_per_second": metrics.get("rollout/env_steps_per_second"),
+            "env_steps_per_second": rates.get("rollout/env_steps_per_second"),
             "episodes": state.episodes,
             "learner_steps": state.learner.learner_steps,
-            "learner_steps_per_second": metrics.get("train/learner_steps_per_second"),
+            "learner_steps_per_second": rates.get("train/learner_steps_per_second"),
             "weights_version": state.learner.weights_version,
             "staleness": crew.staleness,
             "samples_per_insert": metrics.get("replay/samples_per_insert"),
-            "actors_waiting": metrics.get("actors/waiting"),
-            "learner_waiting": metrics.get("train/waiting"),
+            "actors_waiting": rates.get("actors/waiting"),
+            "learner_waiting": rates.get("train/waiting"),
             "mean_return": metrics.get("rollout/ep_rew_mean"),
             "evaluation": state.evaluation and state.evaluation["mean_return"],
             "restarts": self._actor_restarts + self._other_restarts,

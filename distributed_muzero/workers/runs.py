@@ -70,6 +70,11 @@ def names_in(runs_dir: str) -> list[str]:
     return names_at(runs_dir) if uris.is_uri(runs_dir) else run_names(runs_dir)
 
 
+def has_run(run: str, runs_dir: str) -> bool:
+    """Whether a run lies on this machine's file systems."""
+    return place_of(run, runs_dir) is None and run in run_names(runs_dir)
+
+
 # To train ---------------------------------------------------------------------------------------------------------
 
 
