@@ -180,12 +180,16 @@ def test_a_store_that_does_not_answer_when_a_run_begins_is_told(object_store, s3
 @pytest.mark.slow
 def test_who_takes_a_run_over_ends_it_elsewhere_but_not_by_mistake(there, on_machine):
     with started("train", *DEBUG, "--name", "r", *FOREVER) as process:
-        wait_for("a copied status", lambda: Path(there[7:], "r/status.json").exists())
+        status = Path(there[7:], "r/status.json")
+        wait_for(
+            "a copied status",
+            lambda: status.exists() and json.loads(status.read_text())["state"] == "running",
+        )
         on_machine("b")
         refused = fail("resume", "r", "--in-process")
         assert "run 'r' is going on" in refused and "--take-over" in refused
         assert process.poll() is None
-        limit = json.loads(Path(there[7:], "r/status.json").read_text())["learner_steps"] + 200
+        limit = json.loads(status.read_text())["learner_steps"] + 200
         _, told = succeed(
             "resume", "r", "--in-process", "--take-over", "--max-minutes", 1, "--max-train-steps", limit
         )
