@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from typing import Any
 
 import ray
@@ -12,12 +13,15 @@ from ray.exceptions import AuthenticationError
 from distributed_muzero.cluster.run_control import NAMESPACE
 from distributed_muzero.errors import ClusterError, first_line
 
+CONNECT_SECONDS = 5.0
+
 
 def connect(address: str, **options: Any) -> None:
     """`ray.init` at `address`: HOST:PORT of a cluster whose node this is, `auto`, or `local` for a new one.
 
     Raises ClusterError if no cluster answers there, or it wants another token.
     """
+    check_answers(address)
     try:
         ray.init(
             address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options
@@ -29,6 +33,20 @@ def connect(address: str, **options: Any) -> None:
             f"no Ray cluster answers at {address}: {first_line(error)}; give its address with --address "
             f"http://HOST:8265 or RAY_ADDRESS. If it is up, {has_token}: RAY_AUTH_MODE=token, with RAY_AUTH_TOKEN or "
             "~/.ray/auth_token"
+        ) from None
+
+
+def check_answers(address: str) -> None:
+    """Raises ClusterError for a HOST:PORT where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "//" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address}: {first_line(error)}; where the dashboard is meant, write "
+            "http://HOST:8265"
         ) from None
 
 

@@ -27,6 +27,7 @@ import requests
 from ray.exceptions import AuthenticationError, RpcError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from distributed_muzero.cluster.connect import check_answers
 from distributed_muzero.config import Config
 from distributed_muzero.errors import ClusterError, DistributedMuZeroError, RunError, first_line
 
@@ -94,6 +95,7 @@ class Jobs:
         """Raises ClusterError if no cluster answers there, or it wants another token."""
         self.address = cluster_address(address)
         if self.address is not None:
+            check_answers(self.address)
             # Ray's client prefers this variable over its argument.
             os.environ[ADDRESS_VARIABLES[0]] = self.address
         with self._clear_errors():
