@@ -106,10 +106,11 @@ class Jobs:
 
     def runs(self) -> list[RunJob]:
         """All launches that the cluster remembers, newest first."""
+        return run_jobs(self._listed())
+
+    def _listed(self) -> list[JobDetails]:
         with self._clear_errors():
-            found = self._client.list_jobs()
-        jobs = [job for details in found if (job := as_run_job(details)) is not None]
-        return sorted(jobs, key=lambda job: job.started or 0, reverse=True)
+            return self._client.list_jobs()
 
     def find(self, run: str | None) -> RunJob:
         """The newest launch of a run. Raises RunError if there is none, naming those there are.
@@ -156,9 +157,9 @@ class Jobs:
         options: of `train`, besides the config and the name.   packages: wheels that the job needs.   may_exist: an
         earlier launch is gone on from. Raises RunError for a name that is taken.
         """
-        with self._clear_errors():
-            taken = {job.submission_id for job in self._client.list_jobs()}
-        before = [job for job in self.runs() if job.run == run]
+        listed = self._listed()
+        taken = {job.submission_id for job in listed}
+        before = [job for job in run_jobs(listed) if job.run == run]
         if before and before[0].goes_on:
             raise RunError(
                 f"run {run!r} is going on (job {before[0].job_id}); choose another --name, or stop it"
@@ -318,6 +319,12 @@ class Jobs:
             ) from None
         except (RuntimeError, ValueError, OSError) as error:
             raise ClusterError(f"the cluster {where} refused that: {first_line(error)}") from None
+
+
+def run_jobs(listed: Sequence[JobDetails]) -> list[RunJob]:
+    """Those that are runs', newest first."""
+    jobs = [job for details in listed if (job := as_run_job(details)) is not None]
+    return sorted(jobs, key=lambda job: job.started or 0, reverse=True)
 
 
 def as_run_job(details: JobDetails) -> RunJob | None:
