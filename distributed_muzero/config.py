@@ -143,6 +143,8 @@ class LearnerConfig(Section):
     # at most between two checkpoints while it learns; each evaluation has one of its own
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 30.0
     prefetch: Positive = 2  # calls for batches in flight to every shard
+    # of the weights on their way to actors; checkpoints and the learner itself stay in float32
+    weights_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     num_threads: Positive = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -152,6 +154,12 @@ class EvaluatorConfig(Section):
     # at least, between two checkpoints and their evaluations
     interval_seconds: Annotated[float, Field(ge=0)] = 3.0
     num_simulations: Positive | None = None  # none = the search's own
+
+
+class MetricsConfig(Section):
+    # where Prometheus finds the run's metrics; 0 = any port that is free, none = they are not served
+    port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    host: str = "127.0.0.1"  # 0.0.0.0 = every address of the machine, for a Prometheus elsewhere
 
 
 class RunConfig(Section):
@@ -172,6 +180,7 @@ class Config(Section):
     reanalyse: ReanalyseConfig = ReanalyseConfig()
     learner: LearnerConfig = LearnerConfig()
     evaluator: EvaluatorConfig = EvaluatorConfig()
+    metrics: MetricsConfig = MetricsConfig()
     run: RunConfig = RunConfig()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from distributed_muzero.config import SearchConfig
 from distributed_muzero.errors import ContractError, NonFiniteError
 from distributed_muzero.networks.base import as_networks
 from distributed_muzero.networks.inference import SearchModel, make_search_model
-from distributed_muzero.types import Episode, SearchResult, Step
+from distributed_muzero.types import Episode, Step
 
 
 def acting(
@@ -165,11 +166,15 @@ def act(
     noise: bool,
     rng: np.random.Generator,
     num_simulations: int | None = None,
-) -> SearchResult:
-    """One step of every game, through one batched search. Temperature 0 plays the most visited action."""
+) -> float:
+    """One step of every game, through one batched search. Temperature 0 plays the most visited action.
+
+    Returns the seconds that the search took.
+    """
     legal = np.stack([game.read_mask() for game in games])
     observations = np.stack([game.history for game in games])
     signed_discount = -discount if games[0].alternates else discount
+    began = time.perf_counter()
     try:
         result = plan_batch(
             model,
@@ -184,10 +189,11 @@ def act(
     except NonFiniteError as error:
         at = ", ".join(f"{row}: {len(game.actions)}, {game.seed}" for row, game in enumerate(games))
         raise NonFiniteError(f"{error} (row: step, seed of its game = {at})") from None
+    seconds = time.perf_counter() - began
     actions = choose_actions(result.visit_counts, temperature, rng)
     for row, game in enumerate(games):
         game.play(legal[row], result.action_weights[row], int(actions[row]), float(result.root_values[row]))
-    return result
+    return seconds
 
 
 def choose_actions(visit_counts: np.ndarray, temperature: float, rng: np.random.Generator) -> np.ndarray:

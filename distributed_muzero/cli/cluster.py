@@ -53,6 +53,7 @@ def submit(
     max_train_steps: options.MaxTrainSteps = None,
     max_minutes: options.MaxMinutes = None,
     stop_at_return: options.StopAtReturn = None,
+    metrics_port: options.MetricsPort = None,
     set_: options.Set = None,
     resume: options.ResumeOption = options.Resume.never,
     offline: options.Offline = None,
@@ -67,7 +68,7 @@ def submit(
     """
     choices = options.Choices(
         preset, env, config, name, seed, actors, autoscale, envs_per_actor, shards, max_env_steps, max_train_steps,
-        max_minutes, stop_at_return, set_, resume, offline,
+        max_minutes, stop_at_return, metrics_port, set_, resume, offline,
     )  # fmt: skip
     chosen = choices.make_config()
     for path in package or []:

@@ -53,6 +53,10 @@ MaxEnvSteps = Annotated[int | None, typer.Option(help="Stop after so many enviro
 MaxTrainSteps = Annotated[int | None, typer.Option(help="Stop after so many learner steps.")]
 MaxMinutes = Annotated[float | None, typer.Option(help="Stop after so many minutes.")]
 StopAtReturn = Annotated[float | None, typer.Option(help="Stop when an evaluation reaches this mean.")]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(help="metrics.port: where Prometheus finds the run's metrics; 0 for any port that is free."),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")]
 ResumeOption = Annotated[
     Resume, typer.Option("--resume", help="auto: go on with the run if there is one of this name.")
@@ -85,6 +89,7 @@ class Choices(NamedTuple):
     max_train_steps: int | None
     max_minutes: float | None
     stop_at_return: float | None
+    metrics_port: int | None
     set_: list[str] | None
     resume: Resume
     offline: list[str] | None
@@ -105,6 +110,7 @@ class Choices(NamedTuple):
                 "autoscale": self.autoscale and parse_range(self.autoscale),
             },
             "replay": {"num_shards": self.shards},
+            "metrics": {"port": self.metrics_port},
         }
         layers = [
             _source(self.preset, self.env, self.config),

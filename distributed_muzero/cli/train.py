@@ -42,6 +42,7 @@ def train(
     max_train_steps: options.MaxTrainSteps = None,
     max_minutes: options.MaxMinutes = None,
     stop_at_return: options.StopAtReturn = None,
+    metrics_port: options.MetricsPort = None,
     set_: options.Set = None,
     in_process: Annotated[bool, typer.Option("--in-process", help="One process, without Ray.")] = False,
     resume: options.ResumeOption = options.Resume.never,
@@ -55,7 +56,7 @@ def train(
     """
     choices = options.Choices(
         preset, env, config, name, seed, actors, autoscale, envs_per_actor, shards, max_env_steps, max_train_steps,
-        max_minutes, stop_at_return, set_, resume, offline,
+        max_minutes, stop_at_return, metrics_port, set_, resume, offline,
     )  # fmt: skip
     chosen = choices.make_config()
     check_place(runs_dir)
@@ -85,6 +86,7 @@ def resume(
     stop_at_return: options.StopAtReturn = None,
     actors: options.Actors = None,
     shards: options.Shards = None,
+    metrics_port: options.MetricsPort = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value; null lifts a limit.")
     ] = None,
@@ -103,6 +105,7 @@ def resume(
         },
         "actor": {"num_actors": actors},
         "replay": {"num_shards": shards},
+        "metrics": {"port": metrics_port},
     }
     changed = options.given_only(changes)
 
@@ -148,6 +151,7 @@ def run_training(
     """Makes the run, or goes on with it if it `may_exist`, fills it with the datasets' episodes, and trains."""
     from distributed_muzero.environments.registry import make_environment
     from distributed_muzero.networks.registry import check_name
+    from distributed_muzero.observability.exporter import check_port
     from distributed_muzero.replay.dataset import check_datasets
     from distributed_muzero.workers.layout import with_shards
     from distributed_muzero.workers.runs import created, names_in, opened
@@ -156,6 +160,7 @@ def run_training(
     check_name(config.network.name)
     environment = make_environment(config.environment)
     environment.close()
+    check_port(config.metrics)
     check_datasets(datasets, environment.spec)
 
     def change(stored: Config) -> Config:
@@ -179,6 +184,7 @@ def train_in(
     change: from the run's config to the one that it goes on with.
     """
     from distributed_muzero.cli.evaluate import evaluate_run, print_result
+    from distributed_muzero.observability.exporter import serve_metrics
     from distributed_muzero.observability.progress import Progress
     from distributed_muzero.workers.bookkeeper import Bookkeeper, why_over
     from distributed_muzero.workers.layout import lay_out
@@ -191,6 +197,7 @@ def train_in(
         folder = folder.with_config(config)
         if reason := why_over(folder):
             raise RunIsOver(f"run {folder.name} is over: {reason}; resume it with a higher limit to go on")
+        exporter = stack.enter_context(serve_metrics(folder)) if config.metrics.port is not None else None
         if copies is None:
             lay_out(folder.replay, config)
         folder.write_config()
@@ -210,7 +217,7 @@ def train_in(
             copies.push()
             if not in_process:
                 copies.release_shards()
-        book = Bookkeeper(config, folder, progress, launch=launch, copies=copies)
+        book = Bookkeeper(config, folder, progress, launch=launch, copies=copies, exporter=exporter)
         ending = play(book, in_process, stop)
     state = book.state
     print(f"run: {folder.place}")

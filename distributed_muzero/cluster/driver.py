@@ -31,7 +31,7 @@ from distributed_muzero.mirror.download import num_bytes_at
 from distributed_muzero.mirror.uri import join
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.run_copy import LAST_PUSH_SECONDS
-from distributed_muzero.workers.run_state import ActorReport, Crew, Ending, LearnerReport
+from distributed_muzero.workers.run_state import ActorReport, Crew, Ending, LearnerReport, Version
 
 PLAY_SECONDS = 0.25
 REANALYSE_SECONDS = 0.5
@@ -86,7 +86,7 @@ class Driver:
         self.actors: list[Role] = []
         self.leaving: list[Role] = []
         self.reanalysers: list[Role] = []
-        self._state_is_asked = self._is_evaluating = False
+        self._state_is_asked = self._weights_are_asked = self._is_evaluating = False
         self._learner_has_begun = self._has_ended = False
         self._first_step = self._steps
         self._reshards = False
@@ -163,6 +163,8 @@ class Driver:
             draining=len(self.leaving),
             reanalysers=sum(role.working_since is not None for role in self.reanalysers),
             staleness=newest - min(played, default=newest),
+            unacknowledged=sum(role.unacknowledged for role in (*self.actors, *self.leaving)),
+            calls=len(self.calls),
         )
 
     # What runs ------------------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ class Driver:
         self._call(role, role.handle.ready.remote(), lambda _: begin(role), math.inf, shows_work=False)
 
     def _start_learner(self) -> None:
-        self._state_is_asked = self._learner_has_begun = False
+        self._state_is_asked = self._weights_are_asked = self._learner_has_begun = False
         self._start(self.learner, self._begin_to_learn)
 
     def _begin_to_learn(self, role: Role) -> None:
@@ -196,13 +198,11 @@ class Driver:
         else:
             begun = handle.begin.remote(saved and saved.tensors, saved and saved.state, version)
         self._call(role, begun, self._on_begun, shows_work=False)
-        if published is None:
-            self._call(role, handle.weights.remote(), self._on_first_weights, shows_work=False)
         self._learn(role)
 
     def _learn(self, role: Role) -> None:
         assert role is self.learner
-        self._state_is_asked = False
+        self._state_is_asked = self._weights_are_asked = False
         for _ in range(LEARNER_CALLS_IN_FLIGHT):
             self._train()
 
@@ -274,7 +274,7 @@ class Driver:
 
     def _play(self, role: Role) -> None:
         if self.published is None:
-            return  # the first weights are still on their way; _on_first_weights starts everybody
+            return  # the first weights are still on their way; _publish starts everybody
         version, steps, weights = self.published
         call = role.handle.play.remote(version, weights, steps, PLAY_SECONDS)
         has_played = role.working_since is not None
@@ -283,7 +283,7 @@ class Driver:
 
     def _on_play(self, role: Role, report: ActorReport) -> None:
         self.book.add_actor_report(report)
-        role.weights_version = report.weights_version
+        role.weights_version, role.unacknowledged = report.weights_version, report.unacknowledged
         if role in self.actors:
             self._play(role)
 
@@ -309,41 +309,52 @@ class Driver:
 
     def _on_begun(self, _: None) -> None:
         self._learner_has_begun = True
-
-    def _on_first_weights(self, answer: tuple[int, Any]) -> None:
-        version, weights = answer
-        self.published = Published(version, self.book.state.learner.learner_steps, ray.put(weights))
-        for role in self.actors:
-            if role.is_ready:
-                self._play(role)
-        for role in self.reanalysers:
-            if role.is_ready:
-                self._reanalyse(role)
+        self._ask_for_weights()
 
     def _train(self) -> None:
-        handle = self.learner.handle
-        report, weights = handle.train.options(num_returns=2).remote(TRAIN_SECONDS)
-        on_result = partial(self._on_train, weights=weights)
-        self._call(self.learner, report, on_result, shows_work=False)
+        call = self.learner.handle.train.remote(TRAIN_SECONDS)
+        self._call(self.learner, call, self._on_train, shows_work=False)
 
-    def _on_train(self, report: LearnerReport, weights: Any) -> None:
+    def _on_train(self, report: LearnerReport) -> None:
         self.book.add_learner_report(report)
         if report.metrics:  # else it found no batches, and has yet to show that it can learn
             self.learner.has_worked(time.monotonic())
-        if self.makers.learner_is_elsewhere and self._is_newer(report):
-            on_result = partial(self._on_weights, report)
-            self._call(self.learner, weights, on_result, shows_work=False)
-        elif self._is_newer(report):
-            self.published = Published(report.weights_version, report.learner_steps, weights)
+        if self.published is not None and report.weights_version > self.published.version:
+            self._ask_for_weights()
         self._train()
 
-    def _is_newer(self, report: LearnerReport) -> bool:
-        return self.published is None or report.weights_version > self.published.version
+    def _ask_for_weights(self) -> None:
+        """For the newest version; one at a time, so that a slow network gets fewer versions, and no queue of them."""
+        if not self._weights_are_asked:
+            self._weights_are_asked = True
+            version, weights = self.learner.handle.weights.remote()
+            on_result = partial(self._on_weights, weights=weights)
+            self._call(self.learner, version, on_result, shows_work=False)
 
-    def _on_weights(self, report: LearnerReport, weights: Any) -> None:
-        """Copies them to the driver's node: what lies on the learner's alone would be lost with it."""
-        if self._is_newer(report):
-            self.published = Published(report.weights_version, report.learner_steps, ray.put(weights))
+    def _on_weights(self, version: Version, weights: Any) -> None:
+        if self.makers.learner_is_elsewhere:
+            on_result = partial(self._on_copy, version, time.monotonic())
+            self._call(self.learner, weights, on_result, shows_work=False)
+        else:
+            self._publish(version, weights)
+
+    def _on_copy(self, version: Version, since: float, weights: Any) -> None:
+        """Keeps them on the driver's node: what lies on the learner's alone would be lost with it."""
+        copy = ray.put(weights)
+        seconds = version.age_seconds + time.monotonic() - since
+        self._publish(version._replace(age_seconds=seconds), copy)
+
+    def _publish(self, version: Version, weights: Any) -> None:
+        is_first, self._weights_are_asked = self.published is None, False
+        self.published = Published(version.number, version.learner_steps, weights)
+        self.book.add_version(version)
+        if is_first:  # everybody who is there has waited for it
+            for role in self.actors:
+                if role.is_ready:
+                    self._play(role)
+            for role in self.reanalysers:
+                if role.is_ready:
+                    self._reanalyse(role)
 
     def _on_learner_state(self, answer: Any) -> None:
         (arrays, state), weights = answer
@@ -433,7 +444,7 @@ class Driver:
             ray.kill(role.handle)
             return
         if role.is_ready or not lost_its_node(error):  # else it never ran, and goes on waiting for a place
-            self.book.add_restart(is_actor=role in self.actors)
+            self.book.add_restart(role.kind)
             self._tell_lost(role, error)
         if lost_its_node(error):
             role.has_lost_its_node()
@@ -484,7 +495,7 @@ class Driver:
         now = time.monotonic()
         if role.lost_at is None:
             role.lost_at = now
-            self.book.add_restart(is_actor=False)
+            self.book.add_restart(role.kind)
             role.has_failed(error, now)
             self._tell_lost(role, error)
         if not isinstance(error, RayActorError):

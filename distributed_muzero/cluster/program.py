@@ -19,6 +19,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from distributed_muzero.cluster.group_commit import GroupCommit, flush, insert
+from distributed_muzero.cluster.process_metrics import ActorMetrics, ShardMetrics
 from distributed_muzero.config import Config
 from distributed_muzero.errors import RunError
 from distributed_muzero.replay.schema import Priorities, StoredEpisode, Targets
@@ -28,7 +29,7 @@ from distributed_muzero.workers.history import RecordedInsert
 from distributed_muzero.workers.outbox import Insert, Outbox
 from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
 from distributed_muzero.workers.run_copy import Owned, ShardCopy
-from distributed_muzero.workers.run_state import ActorReport, LearnerReport, ReanalyseReport
+from distributed_muzero.workers.run_state import ActorReport, LearnerReport, ReanalyseReport, Version
 
 if TYPE_CHECKING:  # they import torch, which a shard's process does without
     from distributed_muzero.workers.actor import Actor
@@ -81,6 +82,7 @@ class ReplayShardWorker:
         self.make = lambda: Builder(config, run_name).replay_shard(index, replay_folder)
         self.make_copy = lambda: ShardCopy(replay_folder.parent, owned, index) if owned else None
         self.copy: ShardCopy | None = None
+        self.metrics = ShardMetrics(run_name)
         self.must_share = replay_folder if config.replay.spread_shards and not owned else None
 
     @made_at_first_use
@@ -105,10 +107,15 @@ class ReplayShardWorker:
         return GroupCommit(self.shard.commit)
 
     async def insert(self, episodes: list[Episode]) -> list[InsertReply]:
-        return await insert(self.shard, self.group_commit, episodes)
+        since = time.monotonic()
+        replies = await insert(self.shard, self.group_commit, episodes)
+        self.metrics.add_insert(num_stored(episodes, replies), time.monotonic() - since)
+        return replies
 
     async def sample(self, num_batches: int) -> list[Batch]:
-        return self.shard.sample_many(num_batches)
+        batches = self.shard.sample_many(num_batches)
+        self.metrics.add(sampled_rows=sum(len(batch.positions) for batch in batches))
+        return batches
 
     async def update_priorities(self, update: Priorities) -> None:
         self.shard.update_priorities(update)
@@ -128,6 +135,12 @@ class ReplayShardWorker:
         return await asyncio.to_thread(self.copy.end) if self.copy else None
 
 
+def num_stored(episodes: list[Episode], replies: list[InsertReply]) -> int:
+    """Transitions that are new."""
+    pairs = zip(episodes, replies, strict=True)
+    return sum(episode.num_steps for episode, reply in pairs if reply.status == "stored")
+
+
 @ray.remote(num_cpus=1)
 class ActorWorker:
     def __init__(
@@ -138,6 +151,7 @@ class ActorWorker:
         if config.actor.record_history:
             insert = RecordedInsert(insert, history / f"actor_{index}_{incarnation}.jsonl")
         self.outbox = Outbox(insert, len(shards), config.actor.max_unacknowledged)
+        self.metrics = ActorMetrics(run_name)
 
     @made_at_first_use
     def actor(self) -> Actor:
@@ -149,7 +163,9 @@ class ActorWorker:
     def play(self, version: int, weights: np.ndarray, learner_step: int, seconds: float) -> ActorReport:
         self.actor.set_weights(version, weights, learner_step)
         deadline = time.monotonic() + seconds
-        return self.actor.play(self.outbox, lambda: time.monotonic() >= deadline, time.sleep)
+        report = self.actor.play(self.outbox, lambda: time.monotonic() >= deadline, time.sleep)
+        self.metrics.add_report(report)
+        return report
 
     def drain(self, is_patient: bool) -> int:
         """Delivers what is finished; returns how many episodes are left.
@@ -161,8 +177,10 @@ class ActorWorker:
         return self.outbox.drain(lambda: time.monotonic() >= deadline, pause)
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, concurrency_groups={"publishing": 1})  # type: ignore[call-overload]
 class LearnerWorker:
+    """Steps in one thread; weights leave through another, so that the learner goes on meanwhile."""
+
     def __init__(self, config: Config, run_name: str, shards: list[Any]):
         self.make = lambda: Builder(config, run_name).learner()
         self.batches = BatchStream(shards, config.learner.prefetch)
@@ -181,18 +199,21 @@ class LearnerWorker:
     def start_from(self, weights: np.ndarray, num_steps: int, version: int) -> None:
         self.learner.start_from(weights, num_steps, version)
 
-    def weights(self) -> tuple[int, np.ndarray]:
-        return self.learner.weights()
+    @ray.method(concurrency_group="publishing", num_returns=2)
+    def weights(self) -> tuple[Version, np.ndarray]:
+        """The newest version; asked for once the learner has begun."""
+        return self.learner.give_out()
 
-    def train(self, seconds: float) -> tuple[LearnerReport, np.ndarray]:
+    def train(self, seconds: float) -> LearnerReport:
         start, waited = time.monotonic(), self.batches.waited_seconds
         report = self.learner.learn(self.batches.until(start + seconds), self.give_back)
         report.seconds = time.monotonic() - start
         report.waited_seconds = self.batches.waited_seconds - waited
-        return report, self.learner.weights()[1]
+        report.ready_batches = self.batches.num_ready
+        return report
 
     def state(self) -> tuple[Any, np.ndarray]:
-        return self.learner.state(), self.learner.weights()[1]
+        return self.learner.state(), self.learner.average_weights()
 
 
 @ray.remote(num_cpus=1)
@@ -286,6 +307,10 @@ class BatchStream:
             self._ask()
             self._wait(deadline)
             self.waited_seconds += time.monotonic() - since
+
+    @property
+    def num_ready(self) -> int:
+        return len(self._ready)
 
     def give_back(self, shard: int, update: Priorities) -> None:
         """Sends priorities on their way. Where a shard lags behind, the learner waits for it, but not for long."""

@@ -29,8 +29,14 @@ class Role:
     failures_in_a_row: int = 0
     working_since: float | None = None  # this incarnation
     weights_version: int | None = None  # that an actor played with last
+    unacknowledged: int = 0  # finished episodes that an actor held when it reported last
     lost_at: float | None = None  # of a shard that Ray is restarting
     leaves_by: float | None = None  # an actor that delivers its last games, until then at most
+
+    @property
+    def kind(self) -> str:
+        """Its name without its number."""
+        return self.name.rstrip(" 0123456789").replace(" ", "_")
 
     def start(self) -> None:
         self.handle = self.make()
@@ -85,6 +91,9 @@ class Calls:
         shows_work: bool,
     ) -> None:
         self._calls[reference] = Call(role, on_result, time.monotonic() + timeout_seconds, shows_work)
+
+    def __len__(self) -> int:
+        return len(self._calls)
 
     def references(self) -> list[Any]:
         return list(self._calls)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distributed_muzero.errors import CheckpointError
+from distributed_muzero.errors import CheckpointError, NonFiniteError
 
 
 class FlatWeights:
@@ -51,12 +51,12 @@ class FlatWeights:
 
     @torch.no_grad()
     def write(self, weights: np.ndarray | Tensor) -> None:
-        """Sets all weights from a vector [size]. Raises CheckpointError when the sizes differ."""
+        """Sets all weights from a vector [size], or from a packed one. Raises CheckpointError when the sizes differ."""
         if len(weights) != self.size:
             raise CheckpointError(
                 f"{len(weights)} weights came, this network has {self.size}: another network or config"
             )
-        source = torch.as_tensor(np.array(weights) if isinstance(weights, np.ndarray) else weights)
+        source = unpacked(weights) if isinstance(weights, np.ndarray) else weights
         start = self.vector.numel()
         self.vector.copy_(source[:start])
         for _, buffer in self._buffers:
@@ -83,3 +83,25 @@ class FlatWeights:
                 "use the config that the run was trained with"
             )
         return np.concatenate([arrays[name].ravel() for name, _ in self.layout]).astype(np.float32)
+
+
+def packed(weights: Tensor, dtype: str) -> np.ndarray:
+    """A vector [P] on its way to actors: float32, float16, or bfloat16 as its bits in int16, which numpy lacks.
+
+    Raises NonFiniteError for weights beyond float16's range.
+    """
+    small = weights.detach().to(getattr(torch, dtype)).cpu()
+    if dtype == "float16" and not bool(torch.isfinite(small).all()):
+        raise NonFiniteError(
+            "a weight goes beyond what float16 holds (65504); set learner.weights_dtype to bfloat16 or float32"
+        )
+    if dtype == "bfloat16":
+        small = small.view(torch.int16)
+    # Not the memory of a tensor that goes on changing.
+    return small.numpy() if small.data_ptr() != weights.data_ptr() else small.numpy().copy()
+
+
+def unpacked(weights: np.ndarray) -> Tensor:
+    """What `packed` packed [P]; of float32 and float16 a view of the same memory, which must not be written to."""
+    tensor = torch.from_dlpack(weights)  # unlike from_numpy, it takes what the object store shares read-only
+    return tensor.view(torch.bfloat16) if weights.dtype == np.int16 else tensor

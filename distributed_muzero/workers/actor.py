@@ -67,6 +67,7 @@ class Actor:
         self._environments = [make_env() for _ in range(config.actor.envs_per_actor)]
         self._games = [self._start(env) for env in self._environments]
         self._num_finished = 0
+        self.search_seconds = 0.0  # so far
 
     def set_weights(self, version: int, weights: np.ndarray, learner_step: int) -> None:
         """Newer weights and the learner's step, which the temperature schedule follows."""
@@ -82,7 +83,7 @@ class Actor:
         """One step of every game; returns the episodes that ended. A finished game's place starts a new one."""
         model = self.model.search_model
         assert model is not None, "set_weights() comes first"
-        act(
+        self.search_seconds += act(
             self._games,
             model,
             self.config.search,
@@ -107,7 +108,7 @@ class Actor:
     ) -> ActorReport:
         """Steps and delivers until `is_over()`. While the shards hold it back, it waits instead of playing."""
         report = ActorReport(weights_version=self.model.version)
-        start = clock()
+        start, searched = clock(), self.search_seconds
         num_games, num_simulations = len(self._games), self.config.search.num_simulations
         wait_seconds = FIRST_WAIT_SECONDS
         while not is_over():
@@ -131,6 +132,8 @@ class Actor:
             # Else it has just asked in vain, and a shard that hangs would take as long to give no answer once more.
             outbox.flush(report)
         report.seconds = clock() - start
+        report.search_seconds = self.search_seconds - searched
+        report.unacknowledged = len(outbox)
         return report
 
     def close(self) -> None:

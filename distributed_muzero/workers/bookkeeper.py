@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +16,16 @@ import numpy as np
 from distributed_muzero import checkpoint
 from distributed_muzero.config import Config
 from distributed_muzero.errors import CheckpointError, RunError
+from distributed_muzero.observability.exporter import Exporter
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.observability.recorder import Recorder
 from distributed_muzero.run_folder import FIRST_LAUNCH, Launch, RunFolder
 from distributed_muzero.workers.run_copy import Copies
-from distributed_muzero.workers.run_state import ActorReport, Crew, LearnerReport, RunState
+from distributed_muzero.workers.run_state import ActorReport, Crew, LearnerReport, RunState, Version
 
 TICK_SECONDS = 1.0
 AT_WORK = ("starting", "running")
+ROLES = ("actor", "learner", "replay_shard", "reanalyser", "evaluator", "run_control")  # that are restarted
 # Weights versions are written down as given before they are, so many at once; a kill leaves the rest unused.
 RESERVED_VERSIONS = 100
 INCARNATIONS_A_LAUNCH = 10**6
@@ -74,6 +77,7 @@ class Bookkeeper:
         clock: Callable[[], float] = time.monotonic,
         launch: Launch = FIRST_LAUNCH,
         copies: Copies | None = None,
+        exporter: Exporter | None = None,
     ):
         """launch: from number 1 on, counts go on where they stood.   copies: of the folder, at a URI."""
         self.config = config
@@ -90,9 +94,13 @@ class Bookkeeper:
         self._told_losses = dict.fromkeys(LOSSES, 0)
         self.launch = launch
         self.copies = copies
+        self.exporter = exporter
         self._shards: Sequence[Mapping[str, float]] = ()
         self._crew = Crew(0)
-        self._undelivered = self._actor_restarts = self._other_restarts = 0
+        self._undelivered = 0
+        self._restarts = Counter(dict.fromkeys(ROLES, 0))
+        self._checkpoint_seconds: float | None = None
+        self._published: Version | None = None
         self._actor_starts: Counter[int] = Counter()
         self.status: dict[str, Any] = {}
         # Of this launch's weights: a version is never given to two sets of weights.
@@ -108,9 +116,9 @@ class Bookkeeper:
         self._actor_starts[actor] += 1
         return self.launch.number * INCARNATIONS_A_LAUNCH + self._actor_starts[actor] - 1
 
-    def add_restart(self, is_actor: bool) -> None:
-        self._actor_restarts += is_actor
-        self._other_restarts += not is_actor
+    def add_restart(self, role: str) -> None:
+        """role: one of ROLES."""
+        self._restarts[role] += 1
 
     def add_undelivered(self, num_episodes: int) -> None:
         """Counts finished games that are lost, as the shards didn't take them while their actor lived."""
@@ -163,6 +171,10 @@ class Bookkeeper:
         if report.weights_version > self._reserved_versions - RESERVED_VERSIONS // 2:
             self._reserve_versions(report.weights_version + RESERVED_VERSIONS)
 
+    def add_version(self, version: Version) -> None:
+        """Actors can get it from now on."""
+        self._published = version
+
     def tick(self, shards: Sequence[Mapping[str, float]], crew: Crew) -> bool:
         """Takes how the run stands; once a second, records the metrics, shows them, and returns True.
 
@@ -192,26 +204,32 @@ class Bookkeeper:
             self.progress.message(text)
 
     def _record(self) -> dict[str, float]:
-        crew = self._crew
-        metrics = self.state.metrics(self._shards)
-        metrics.update(
-            {
-                "actors/desired": crew.desired,
-                "actors/live": crew.live,
-                "actors/pending": crew.pending,
-                "actors/draining": crew.draining,
-                "actors/restarts": self._actor_restarts,
-                "actors/staleness": crew.staleness,
-                "actors/undelivered_episodes": self._undelivered,
-            }
-        )
+        metrics = {
+            **self.state.metrics(self._shards),
+            **self._crew.metrics(),
+            **{f"restarts/{role}": number for role, number in self._restarts.items()},
+            "actors/undelivered_episodes": self._undelivered,
+            "checkpoint/age_seconds": self._clock() - self._last_checkpoint,
+            "driver/cpu_seconds": time.process_time(),
+            "disk/free_bytes": shutil.disk_usage(self.folder.path).free,
+        }
+        if self._checkpoint_seconds is not None:
+            metrics["checkpoint/seconds"] = self._checkpoint_seconds
+        if self._published is not None:
+            metrics["weights/bytes"] = self._published.num_bytes
+            metrics["weights/publish_seconds"] = self._published.age_seconds
         if self.copies:
             copy = self.copies.state(self._shards)
             metrics["copy/seconds_since_push"] = copy["seconds_since_push"]
             metrics["copy/failures"] = copy["failures"]
         self._recorder.record(metrics, self.state.env_steps)
-        self.progress.update(metrics)
+        self._show(metrics)
         return metrics
+
+    def _show(self, metrics: Mapping[str, float]) -> None:
+        self.progress.update(metrics)
+        if self.exporter:
+            self.exporter.update(metrics)
 
     def evaluation_is_due(self, learner_steps: int) -> bool:
         """Whether the pause is over and there is something new to evaluate."""
@@ -228,7 +246,8 @@ class Bookkeeper:
     ) -> Path:
         """Writes what `Learner.state()` gave and prunes old ones."""
         step = int(state["learner_steps"])
-        self._last_checkpoint, self._saved_step = self._clock(), step
+        began = self._last_checkpoint = self._clock()
+        self._saved_step = step
         path = checkpoint.write_checkpoint(
             self.folder.checkpoints,
             step,
@@ -241,6 +260,7 @@ class Bookkeeper:
                 "config": self.config.model_dump(mode="json"),
             },
         )
+        self._checkpoint_seconds = self._clock() - began
         # The one that is being evaluated may turn out to be the best.
         keep = self.config.learner.keep_checkpoints
         checkpoint.prune_checkpoints(self.folder.checkpoints, keep, {self._evaluated_step})
@@ -257,9 +277,7 @@ class Bookkeeper:
         self._recorder.record_evaluation(
             {**result, "env_steps": self.state.env_steps, "seconds": self.state.seconds}
         )
-        self.progress.update(
-            {"eval/mean_return": result["mean_return"], "eval/std_return": result["std_return"]}
-        )
+        self._show({f"eval/{name}": result[name] for name in ("mean_return", "std_return")})
         if result["mean_return"] >= self._best_return and path.exists():
             self._best_return = result["mean_return"]
             checkpoint.mark_best(self.folder.checkpoints, learner_steps, self._best_return)
@@ -294,11 +312,13 @@ class Bookkeeper:
             "learner_waiting": rates.get("train/waiting"),
             "mean_return": metrics.get("rollout/ep_rew_mean"),
             "evaluation": state.evaluation and state.evaluation["mean_return"],
-            "restarts": self._actor_restarts + self._other_restarts,
+            "restarts": self._restarts.total(),
             "undelivered_episodes": self._undelivered,
             "seconds": round(state.seconds, 1),
             "updated": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         }
+        if self.exporter and is_at_work:
+            self.status["metrics"] = f"http://{self.exporter.address}/metrics"
         if self.copies:
             self.status["copy"] = self.copies.state(self._shards)
         self.folder.write_status(self.status)

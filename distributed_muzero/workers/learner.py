@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +19,21 @@ from distributed_muzero.config import LearnerConfig
 from distributed_muzero.errors import CheckpointError, NonFiniteError
 from distributed_muzero.networks.base import Networks
 from distributed_muzero.networks.device import choose_device
-from distributed_muzero.networks.flat import FlatWeights
+from distributed_muzero.networks.flat import FlatWeights, packed
 from distributed_muzero.replay.schema import Priorities
 from distributed_muzero.types import Batch
-from distributed_muzero.workers.run_state import LearnerReport
+from distributed_muzero.workers.run_state import LearnerReport, Version
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 IN_THE_VECTOR = (torch.float32, torch.float16, torch.bfloat16)  # kept exactly by a float32 vector
+
+
+class Published(NamedTuple):
+    version: int
+    num_steps: int
+    average: Tensor  # [P], never written to again
+    made_at: float  # monotonic seconds
+
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +55,7 @@ class Learner:
         self.average = self.flat.read()
         self.num_steps = 0
         self.version = 0
+        self._publish()
         self._loss_weights = LossWeights(config.value_weight, config.reward_weight, config.policy_weight)
 
     def step(self, batch: Batch) -> dict[str, float]:
@@ -80,6 +90,7 @@ class Learner:
         self.average.lerp_(self.flat.read(), 1 - decay)
         if self.num_steps % self.config.publish_interval == 0:
             self.version += 1
+            self._publish()
         return {
             "train/loss": float(losses.total.mean()),
             "train/value_loss": float(losses.value.mean()),
@@ -88,7 +99,13 @@ class Learner:
             "train/grad_norm": float(norm),
             "train/learning_rate": rate,
             "train/staleness": float(self.version - batch.weights_versions.mean()),
+            **self._gpu_metrics(),
         }
+
+    def _gpu_metrics(self) -> dict[str, float]:
+        if self.device.type != "cuda":
+            return {}
+        return {"train/gpu_bytes": float(torch.cuda.memory_allocated(self.device))}
 
     def priorities(self, batch: Batch) -> Priorities:
         """Of the batch that was learnt from last: how wrong the value of each of its rows was."""
@@ -116,9 +133,25 @@ class Learner:
             self.num_steps, self.version, {name: value / steps for name, value in sums.items()}
         )
 
+    def _publish(self) -> None:
+        """Sets a version aside, on the learner's device: whoever fetches it doesn't stop the learner."""
+        self._published = Published(self.version, self.num_steps, self.average.clone(), time.monotonic())
+
     def weights(self) -> tuple[int, np.ndarray]:
-        """The current version and its weights [P] float32: the moving average, not the last step."""
-        return self.version, self.average.cpu().numpy().copy()
+        """The last published version and its weights [P], packed: the moving average, not the last step."""
+        version, weights = self.give_out()
+        return version.number, weights
+
+    def give_out(self) -> tuple[Version, np.ndarray]:
+        """As `weights`, with all that is known of the version. May be called while another thread steps."""
+        published = self._published
+        weights = packed(published.average, self.config.weights_dtype)
+        age = time.monotonic() - published.made_at
+        return Version(published.version, published.num_steps, weights.nbytes, age), weights
+
+    def average_weights(self) -> np.ndarray:
+        """The moving average as it is now [P] float32, which a checkpoint of now holds; published or not."""
+        return _copy(self.average)
 
     def state(self) -> tuple[dict[str, Mapping[str, np.ndarray]], dict[str, Any]]:
         """All that later steps depend on: arrays by file and name, and plain values. Later steps don't change it.
@@ -150,12 +183,14 @@ class Learner:
         if arrays is not None and state is not None:
             self.restore(arrays, state)
         self.version = max(self.version, min_version)
+        self._publish()
 
     def start_from(self, weights: np.ndarray, num_steps: int, version: int) -> None:
         """Goes on from published weights where no checkpoint was written yet; the optimizer starts anew."""
         self.flat.write(weights)
         self.average = self.flat.read()
         self.num_steps, self.version = num_steps, version
+        self._publish()
 
     def restore(self, arrays: Arrays, state: Mapping[str, Any]) -> None:
         """Goes on from what `state()` gave.
@@ -180,6 +215,7 @@ class Learner:
                 buffer.copy_(torch.from_numpy(arrays["buffers"][name].copy()))
         self.num_steps = int(state["learner_steps"])
         self.version = int(state["weights_version"])
+        self._publish()
         self._tell_what_changed(state.get("learner_config", {}))
         self._set_generators(arrays.get("generators", {}))
 

@@ -49,7 +49,10 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
                 book.state.add_reanalyse_report(reanalyse(reanalyser, shards))
             book.add_learner_report(learner.learn(ready_batches(shards), give_back))
             stats = [shard.stats() for shard in shards]
-            if book.tick(stats, Crew(len(actors), len(actors), reanalysers=len(reanalysers))):
+            crew = Crew(
+                len(actors), len(actors), reanalysers=len(reanalysers), unacknowledged=sum(map(len, outboxes))
+            )
+            if book.tick(stats, crew):
                 for shard in shards:
                     shard.flush()
             if stop_requested():
@@ -100,7 +103,7 @@ def evaluate(learner: Learner, evaluator: Evaluator, book: Bookkeeper) -> None:
     arrays, state = learner.state()
     path = book.write_checkpoint(arrays, state)
     book.begin_evaluation(learner.num_steps)
-    evaluator.set_weights(*learner.weights())
+    evaluator.set_weights(learner.version, learner.average_weights())
     config = evaluator.config
     seeds = (config.run.seed, learner.num_steps)
     result = evaluator.evaluate_for_goal(

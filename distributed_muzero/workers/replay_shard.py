@@ -68,6 +68,7 @@ class ReplayShard:
         self.num_duplicates = 0
         self.num_ignored_priorities = 0
         self.num_missing_episodes = 0
+        self.num_limited_inserts = self.num_limited_samples = 0  # calls, since this process began
         self.rejects: Counter[str] = Counter()
         self.one_flush = asyncio.Lock()
         self._last_refreshed = -1  # key
@@ -162,6 +163,7 @@ class ReplayShard:
             # Without a step to sample, no sampling can let the limiter go on.
             is_empty = self.ring.num_starts == num_pending == 0
             if not (is_empty or self.limiter.can_insert(num_pending)):
+                self.num_limited_inserts += 1
                 return InsertReply("wait")
             self._validate(episode)
         except RejectedEpisode as error:
@@ -193,6 +195,7 @@ class ReplayShard:
         What the limiter counted is on its way to the disk before they leave: a restarted shard knows of them.
         """
         batches: list[Batch] = []
+        self.num_limited_samples += not self._can_sample()
         while len(batches) < num_batches and self._can_sample():
             drawn = self.store.sampler.sample(self.batch_size, self.rng)
             self.limiter.count_sample(self.batch_size)
@@ -304,6 +307,7 @@ class ReplayShard:
         """Counts since the run began; see observability/metrics.py for their meaning."""
         ring, limiter, store = self.ring, self.limiter, self.store
         damage = [store.log.damage, store.journal.damage]
+        oldest = ring.oldest
         return {
             "transitions": ring.num_transitions,
             "episodes": ring.num_episodes,
@@ -320,6 +324,11 @@ class ReplayShard:
             "log_failures": store.num_refusals,
             "corrupt_records": sum(d.corrupt_records + d.torn_tails for d in damage),
             "missing_episodes": self.num_missing_episodes,
+            "limited/inserts": self.num_limited_inserts,
+            "limited/samples": self.num_limited_samples,
+            "pending_transitions": self._num_pending,
+            **{f"rejects/{reason}": number for reason, number in self.rejects.items()},
+            **({"oldest_version": oldest.weights_version} if oldest else {}),
         }
 
 

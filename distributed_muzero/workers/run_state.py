@@ -23,9 +23,10 @@ class ActorReport:
     env_steps: int = 0
     simulations: int = 0
     seconds: float = 0.0
-    waited_seconds: float = (
-        0.0  # of them, without playing: for a shard's answer, or for it to take games again
-    )
+    # of them, without playing: for a shard's answer, or for it to take games again
+    waited_seconds: float = 0.0
+    search_seconds: float = 0.0  # of them, in searches
+    unacknowledged: int = 0  # finished episodes that it still holds
     weights_version: int = -1  # played with last
     returns: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
@@ -41,6 +42,16 @@ class LearnerReport:
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     waited_seconds: float = 0.0  # of them, for batches
+    ready_batches: int = 0  # that wait for the learner now
+
+
+class Version(NamedTuple):
+    """One published version of the weights."""
+
+    number: int
+    learner_steps: int  # behind it
+    num_bytes: int
+    age_seconds: float  # from the learner's step until it was ready to be given out
 
 
 class Ending(NamedTuple):
@@ -58,11 +69,22 @@ class Crew(NamedTuple):
     draining: int = 0  # actors that leave once their finished games are stored
     reanalysers: int = 0
     staleness: int = 0  # the learner's weights version minus the oldest one that an actor played with last
+    unacknowledged: int = 0  # finished episodes that the actors still hold
+    calls: int = 0  # to processes, not answered yet
 
     @property
     def pending(self) -> int:
         """Actors that wait for a node, or start."""
         return max(self.desired - self.live, 0)
+
+    def metrics(self) -> dict[str, float]:
+        states = {name: getattr(self, name) for name in ("desired", "live", "pending", "draining")}
+        return {
+            **{f"actors/{name}": number for name, number in states.items()},
+            "actors/staleness": self.staleness,
+            "queue/episodes": self.unacknowledged,
+            "queue/calls": self.calls,
+        }
 
 
 class Waiting(NamedTuple):
@@ -107,6 +129,7 @@ class RunState:
         self._lengths: deque[int] = deque(maxlen=RETURNS_WINDOW)
         self.env_steps = 0
         self.simulations = 0
+        self.search_seconds = 0.0
         self.refreshed = 0
         self.episodes = 0
         self.learner = LearnerReport()
@@ -120,6 +143,7 @@ class RunState:
     def add_actor_report(self, report: ActorReport) -> None:
         self.env_steps += report.env_steps
         self.simulations += report.simulations
+        self.search_seconds += report.search_seconds
         self.waiting = self.waiting._replace(
             actor_seconds=self.waiting.actor_seconds + report.seconds,
             actor_waited=self.waiting.actor_waited + report.waited_seconds,
@@ -144,6 +168,7 @@ class RunState:
             report.learner_steps,  # fewer, when a lost learner went on from its checkpoint
             max(report.weights_version, self.learner.weights_version),
             report.metrics or self.learner.metrics,
+            ready_batches=report.ready_batches,
         )
         self.waiting = self.waiting._replace(
             learner_seconds=self.waiting.learner_seconds + report.seconds,
@@ -187,16 +212,21 @@ class RunState:
             "rollout/env_steps": self.env_steps,
             "rollout/env_steps_per_second": env_rate,
             "rollout/episodes": self.episodes,
+            "search/simulations": self.simulations,
             "search/simulations_per_second": simulation_rate,
+            "search/seconds": self.search_seconds,
             "train/learner_steps": self.learner.learner_steps,
             "train/learner_steps_per_second": learner_rate,
             "actors/waiting": waiting.actor_share,
+            "actors/waited_seconds": self.waiting.actor_waited,
             "train/waiting": waiting.learner_share,
+            "train/waited_seconds": self.waiting.learner_waited,
+            "queue/batches": self.learner.ready_batches,
             "reanalyse/positions": self.refreshed,
             "reanalyse/positions_per_second": refresh_rate,
             "weights/version": self.learner.weights_version,
             **self.learner.metrics,
-            **replay_metrics(shards),
+            **replay_metrics(shards, self.learner.weights_version),
         }
         if self._returns:
             metrics["rollout/ep_rew_mean"] = sum(self._returns) / len(self._returns)
@@ -204,23 +234,37 @@ class RunState:
         return metrics
 
 
-def replay_metrics(shards: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The sums of the shards' counts, and the ratio that their limiters hold."""
+SUMS = (
+    "transitions",
+    "episodes",
+    "bytes",
+    "inserted_transitions",
+    "sampled_rows",
+    "evicted_transitions",
+    "rejected_episodes",
+    "duplicates",
+    "ignored_priorities",
+    "log_bytes",
+    "log_failures",
+    "corrupt_records",
+    "limited/inserts",
+    "limited/samples",
+)
+
+
+def replay_metrics(shards: Sequence[Mapping[str, float]], newest_version: int) -> dict[str, float]:
+    """The sums of the shards' counts, the ratio that their limiters hold, and the age of the oldest game."""
     total: dict[str, float] = {}
     for stats in shards:
         for name, value in stats.items():
             total[name] = total.get(name, 0) + value
     if not total:
         return {}
+    reasons = [name for name in total if name.startswith("rejects/")]
+    oldest = min((shard["oldest_version"] for shard in shards if "oldest_version" in shard), default=None)
     return {
-        "replay/transitions": total["transitions"],
-        "replay/episodes": total["episodes"],
-        "replay/evicted_transitions": total["evicted_transitions"],
-        "replay/rejected_episodes": total["rejected_episodes"],
-        "replay/duplicates": total["duplicates"],
-        "replay/ignored_priorities": total["ignored_priorities"],
-        "replay/log_bytes": total["log_bytes"],
-        "replay/log_failures": total["log_failures"],
-        "replay/corrupt_records": total["corrupt_records"],
+        **{f"replay/{name}": total[name] for name in (*SUMS, *reasons)},
+        **({} if oldest is None else {"replay/age": newest_version - oldest}),
+        "queue/inserts": total["pending_transitions"],
         "replay/samples_per_insert": total["sampled_rows"] / max(total["inserted_transitions"], 1),
     }

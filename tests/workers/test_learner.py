@@ -77,7 +77,7 @@ def test_a_restored_learner_publishes_what_was_saved_under_a_version_that_never_
         learner.step(batch)
     restored.begin(*learner.state(), 7)
     version, weights = restored.weights()
-    assert version == 7 and (weights == learner.weights()[1]).all()
+    assert version == 7 and (weights == learner.average_weights()).all()
     restored.begin(*learner.state(), 0)
     assert restored.weights()[0] == 1
     anew = builder.learner()
@@ -255,7 +255,7 @@ def test_published_weights_are_the_mean_of_the_first_steps_by_hand():
     start = learner.flat.read()
     learner.step(make_batches(builder, 1)[0])
     np.testing.assert_allclose(
-        learner.weights()[1], start / 11 + learner.flat.read() * 10 / 11, rtol=1e-6, atol=1e-7
+        learner.average_weights(), start / 11 + learner.flat.read() * 10 / 11, rtol=1e-6, atol=1e-7
     )
 
 

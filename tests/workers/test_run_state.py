@@ -1,7 +1,7 @@
 import pytest
 
 from distributed_muzero.config import RunConfig
-from distributed_muzero.workers.run_state import ActorReport, LearnerReport, RunState
+from distributed_muzero.workers.run_state import SUMS, ActorReport, LearnerReport, RunState
 
 
 class Clock:
@@ -79,8 +79,8 @@ def test_rates_are_over_the_time_since_the_last_look():
 
 def test_samples_per_insert_is_over_all_shards():
     state, _ = make_state()
-    counts = ("duplicates", "ignored_priorities", "log_bytes", "log_failures", "corrupt_records")
-    shard = {"transitions": 10, "episodes": 1, "evicted_transitions": 0, "rejected_episodes": 0}
+    counts = ("duplicates", "ignored_priorities", "log_bytes", "log_failures", "limited/inserts")
+    shard = dict.fromkeys((*SUMS, "pending_transitions"), 0) | {"transitions": 10, "episodes": 1}
     shard |= dict.fromkeys(counts, 3)
     shards = [
         {**shard, "sampled_rows": 300, "inserted_transitions": 10},
@@ -89,3 +89,20 @@ def test_samples_per_insert_is_over_all_shards():
     metrics = state.metrics(shards)
     assert (metrics["replay/samples_per_insert"], metrics["replay/transitions"]) == (10, 20)
     assert [metrics[f"replay/{name}"] for name in counts] == [6] * 5
+
+
+def test_the_age_of_the_replay_is_that_of_the_oldest_game_of_all_shards():
+    state, _ = make_state()
+    shard = dict.fromkeys((*SUMS, "pending_transitions"), 0)
+    state.add_learner_report(LearnerReport(100, weights_version=9))
+    assert "replay/age" not in state.metrics([shard])
+    metrics = state.metrics([{**shard, "oldest_version": 7}, {**shard, "oldest_version": 4}, shard])
+    assert metrics["replay/age"] == 5
+
+
+def test_refused_episodes_are_counted_by_reason_over_all_shards():
+    state, _ = make_state()
+    shard = dict.fromkeys((*SUMS, "pending_transitions"), 0)
+    shards = [{**shard, "rejects/shape": 2}, {**shard, "rejects/shape": 1, "rejects/dtype": 1}]
+    metrics = state.metrics(shards)
+    assert (metrics["replay/rejects/shape"], metrics["replay/rejects/dtype"]) == (3, 1)
