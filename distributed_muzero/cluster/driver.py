@@ -294,7 +294,7 @@ class Driver:
             return
         self.book.add_undelivered(num_left)
         self.leaving.remove(role)
-        ray.kill(role.handle)
+        self._kill(role)
 
     def _reanalyse(self, role: Role) -> None:
         if self.published is None:
@@ -479,16 +479,18 @@ class Driver:
         """An answer was lost, perhaps nothing else: a process that answers a next call goes on with what it has."""
         if role is self.control:
             return True  # and is asked again before long
-        work = self._work_of(role)
-        if work is None or role.num_doubts == MAX_DOUBTS:
+        if self._work_of(role) is None or role.num_doubts == MAX_DOUBTS:
             return False
         role.num_doubts += 1
-        self._call(role, role.handle.ready.remote(), lambda _: self._trust(role, work), shows_work=False)
+        self._call(role, role.handle.ready.remote(), lambda _: self._trust(role), shows_work=False)
         return True
 
-    def _trust(self, role: Role, work: Callable[[Role], object]) -> None:
+    def _trust(self, role: Role) -> None:
+        """It has answered. By now it may have been dismissed, and asked for its last games."""
         role.num_doubts = 0
-        work(role)
+        work = self._work_of(role)
+        if work is not None and not self.calls.is_asked(role):
+            work(role)
 
     def _await_shard(self, role: Role, error: BaseException) -> None:
         """Ray restarts a shard under the same handle, which actors and learner hold; a hung one has to die first."""
@@ -521,6 +523,7 @@ class Driver:
         self._has_ended = True
         deadline, tell, third = time.monotonic() + seconds, self.book.progress.message, STOP_SECONDS / 3
         actors = [role for role in (*self.actors, *self.leaving) if role.is_ready]
+        self._count_what_they_play(4 * PLAY_SECONDS)
         drained = ask_all("actors", [role.handle.drain.remote(False) for role in actors], third, tell)
         self.book.add_undelivered(sum(drained.values()))
         flushes = [role.handle.flush.remote() for role in self.shards]
@@ -534,6 +537,16 @@ class Driver:
             pushed = ask_all("replay shards", copies, LAST_PUSH_SECONDS, tell)
             for failure in filter(None, pushed.values()):
                 tell(f"the last copy of a replay shard is not whole: {failure}")
+
+    def _count_what_they_play(self, seconds: float) -> None:
+        """Takes the reports of actors that are playing, so that the last counts are whole."""
+        calls = [call for role in self.actors for call in self.calls.of(role)]
+        done = ray.wait(calls, num_returns=len(calls), timeout=seconds)[0] if calls else []
+        for call in done:
+            with suppress(RayError):
+                report = ray.get(call)
+                if isinstance(report, ActorReport):
+                    self.book.add_actor_report(report)
 
     def _write_last_checkpoint(self, deadline: float, evaluate: bool) -> None:
         (arrays, state), weights = last_state(self.learner.handle, deadline)

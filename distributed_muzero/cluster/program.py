@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from distributed_muzero.cluster.group_commit import GroupCommit, flush, insert
 from distributed_muzero.cluster.process_metrics import ActorMetrics, ShardMetrics
@@ -246,7 +246,7 @@ def answer_or(call: Any, otherwise: Any, timeout: float = INSERT_TIMEOUT_SECONDS
     """A shard's answer; `otherwise` while it is lost: what it would have got is asked for again."""
     try:
         return ray.get(call, timeout=timeout)
-    except (RayActorError, GetTimeoutError):
+    except (RayActorError, ObjectLostError, GetTimeoutError):
         return otherwise
 
 
@@ -341,7 +341,7 @@ class BatchStream:
         index, _ = self._calls.pop(call)
         try:
             batches = ray.get(call)
-        except RayActorError:
+        except (RayActorError, ObjectLostError):
             self._wake[index] = time.monotonic() + LOST_REST_SECONDS
             return
         if not batches:

@@ -105,8 +105,12 @@ class Calls:
         """Nobody waits for this role's answers any more."""
         self._calls = {reference: call for reference, call in self._calls.items() if call.role is not role}
 
+    def of(self, role: Role) -> list[Any]:
+        """Those that this role has not answered."""
+        return [reference for reference, call in self._calls.items() if call.role is role]
+
     def is_asked(self, role: Role) -> bool:
-        return any(call.role is role for call in self._calls.values())
+        return bool(self.of(role))
 
     def overdue(self) -> Iterable[Role]:
         """Each role once that has left a call unanswered for too long."""
