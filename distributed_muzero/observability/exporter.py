@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -75,7 +76,8 @@ class Exporter(Collector):
 
     def close(self) -> None:
         if self._target_file:
-            self._target_file.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._target_file.unlink()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(timeout=5)
