@@ -63,7 +63,7 @@ _ALL = (
     Metric("reanalyse/positions", "reanalysed_positions", "positions", "stored positions searched anew", "counter"),
     Metric("reanalyse/positions_per_second", "reanalysed_positions_per_second", "positions/s", "stored positions searched anew a second"),
     Metric("time/seconds", "run_seconds", "s", "time since the run began, or went on", "counter"),
-    Metric("weights/version", "weights_version", "versions", "last published version of the weights", "counter"),
+    Metric("weights/version", "weights_version", "versions", "last published version of the weights"),
     Metric("weights/bytes", "weights_bytes", "bytes", "size of one published version"),
     Metric("weights/publish_seconds", "weights_publish_seconds", "s", "from the learner's step to its weights being ready for actors, last version"),
     Metric("checkpoint/seconds", "checkpoint_seconds", "s", "time that writing the last checkpoint took"),
