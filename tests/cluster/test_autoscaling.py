@@ -26,6 +26,7 @@ why_not = why_not_isolated()
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(400),
     pytest.mark.skipif(why_not is not None, reason=str(why_not)),
 ]
