@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -123,7 +123,7 @@ def status(
 
 def watched(
     run: str | None, address: str | None, runs_dir: str, watch: bool, watch_seconds: float | None
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """The run's status; with `watch`, every two seconds until the run, or the time, is over."""
     from distributed_muzero.cluster.jobs import Jobs, cluster_address, is_http, last_json
     from distributed_muzero.workers.runs import has_run

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import typer
 
-from distributed_muzero.cli import bench, chaos, cluster, configs, evaluate, replay, train
+from distributed_muzero.cli import bench, chaos, cluster, configs, evaluate, plot, replay, train, watch
 from distributed_muzero.errors import DistributedMuZeroError
 from distributed_muzero.version import __version__
 
@@ -26,11 +26,13 @@ app.command("train")(train.train)
 app.command("resume")(train.resume)
 app.command("submit")(cluster.submit)
 app.command("status")(cluster.status)
+app.command("watch")(watch.watch)
 app.command("logs")(cluster.logs)
 app.command("scale")(cluster.scale)
 app.command("stop")(cluster.stop)
 app.command("runs")(cluster.runs)
 app.command("evaluate")(evaluate.evaluate)
+app.command("plot")(plot.plot)
 app.command("envs")(configs.envs)
 app.add_typer(configs.app, name="config")
 app.add_typer(replay.app, name="replay")

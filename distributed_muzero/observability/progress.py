@@ -78,9 +78,7 @@ def fields(metrics: Mapping[str, float], limits: RunConfig) -> list[tuple[str, s
     """(label, text) of everything that is shown, in order; a dash for what isn't known yet."""
 
     def show(name: str, unit: str = "", limit: float | None = None) -> str:
-        return (
-            _number(metrics.get(name)) + unit + (f" of {_number(limit)}{unit}" if limit is not None else "")
-        )
+        return number(metrics.get(name)) + unit + (f" of {number(limit)}{unit}" if limit is not None else "")
 
     minutes = limits.max_minutes
     return [
@@ -122,7 +120,7 @@ def live_table(metrics: Mapping[str, float], limits: RunConfig) -> Table:
     return grid
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """Short: 12,345 and 271.3 and 0.0123; a dash for None."""
     if value is None:
         return "–"

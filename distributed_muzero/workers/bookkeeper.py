@@ -312,8 +312,17 @@ class Bookkeeper:
             "learner_waiting": rates.get("train/waiting"),
             "mean_return": metrics.get("rollout/ep_rew_mean"),
             "evaluation": state.evaluation and state.evaluation["mean_return"],
+            "losses": {
+                name.partition("/")[2]: value
+                for name, value in state.learner.metrics.items()
+                if "loss" in name
+            },
             "restarts": self._restarts.total(),
+            "restarts_by_role": dict(self._restarts),
             "undelivered_episodes": self._undelivered,
+            "rejected_episodes": metrics.get("replay/rejected_episodes"),
+            "checkpoint_age_seconds": rates.get("checkpoint/age_seconds"),
+            "disk_free_bytes": rates.get("disk/free_bytes"),
             "seconds": round(state.seconds, 1),
             "updated": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         }

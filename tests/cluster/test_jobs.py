@@ -272,6 +272,23 @@ class TestALifeFromOutside:
         wait_for("its processes' end", lambda: not cluster.workers("haste"))
         assert not list((cluster.runs_dir / "haste" / "checkpoints").glob("step_*"))
 
+    def test_watch_follows_a_run_to_its_end_and_ctrl_c_ends_the_view_alone(self, cluster):
+        cluster.outside("submit", "--preset", "debug", "--name", "seen", *FOREVER)
+        wait_for("learner steps", lambda: cluster.status("seen").get("learner_steps", 0) > 0)
+        watching, leaving = cluster.start("watch", "seen"), cluster.start("watch", "seen")
+        assert leaving.stdout is not None and watching.stdout is not None
+        for process in (leaving, watching):
+            line = process.stdout.readline()
+            assert line.startswith("seen running · time ") and "losses total " in line and "GB free" in line
+        leaving.send_signal(signal.SIGINT)
+        leaving.communicate(timeout=60)
+        assert leaving.returncode == 0
+        assert cluster.status("seen")["state"] == "running"
+        cluster.outside("stop", "seen")
+        lines = watching.communicate(timeout=60)[0].splitlines()
+        assert lines[-1].startswith("seen stopped: it was asked to stop")
+        assert watching.returncode == 0
+
     def test_a_wheel_brings_an_environment_of_ones_own(self, cluster, tmp_path):
         wheel = make_wheel(tmp_path)
         cluster.outside(
