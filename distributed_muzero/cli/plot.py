@@ -102,7 +102,7 @@ def _check_metrics(records: Sequence[Records], metrics: Sequence[str], over: str
         labelled = [other for other in recorded if other.startswith(f"{name}/")]
         if labelled:
             raise ConfigError(f"--metric {name}: name one of {', '.join(labelled)}")
-        if name not in METRICS and name not in recorded:
+        if not _is_metric(name):
             close = difflib.get_close_matches(name, [*recorded, *METRICS], n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ConfigError(f"unknown metric {name!r}{hint}; recorded are {', '.join(recorded)}")
@@ -110,3 +110,13 @@ def _check_metrics(records: Sequence[Records], metrics: Sequence[str], over: str
             f"no numbers of {name!r} over {over} yet in {', '.join(one.name for one in records)}; recorded are "
             f"{', '.join(recorded)}"
         )
+
+
+def _is_metric(name: str) -> bool:
+    from distributed_muzero.observability.metrics import metric_of
+
+    try:
+        metric_of(name)
+    except ValueError:
+        return False
+    return True

@@ -123,7 +123,8 @@ def _draw_panel(
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.margins(x=0.02)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     if panel not in (RETURNS, ELO) and lowest >= 0:
         axes.set_ylim(bottom=0)
     for axis, top in ((axes.xaxis, axes.get_xlim()[1]), (axes.yaxis, axes.get_ylim()[1])):

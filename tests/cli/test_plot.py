@@ -174,6 +174,7 @@ def test_a_run_at_a_uri_is_fetched_without_its_replay(tmp_path, monkeypatch):
         (["pole-1", "--out", "folder.png"], "that is a folder"),
         (["pole-1", "--metric", "train/value_los"], "did you mean 'train/value_loss'?"),
         (["pole-1", "--metric", "restarts"], "name one of restarts/actor"),
+        (["pole-1", "--metric", "restarts/learner"], "no numbers of 'restarts/learner' over env_steps yet"),
         (
             ["pole-1", "--metric", "train/gpu_bytes"],
             "no numbers of 'train/gpu_bytes' over env_steps yet in pole-1",
