@@ -165,20 +165,22 @@ class RunFolder:
                     found.append(json.loads(line))
         return [line for line in found if isinstance(line, dict)]
 
-    def write_datasets(self, paths: Sequence[Path]) -> None:
-        """Notes what an offline run has yet to import; nothing once all of it is."""
+    def write_datasets(self, datasets: Sequence[Path | str]) -> None:
+        """Notes what an offline run has yet to import, paths and URIs; nothing once all of it is."""
+        texts = [text if isinstance(text, str) else str(text.resolve()) for text in datasets]
         try:
-            write_atomically(self.datasets_file, to_json([str(path.resolve()) for path in paths]))
+            write_atomically(self.datasets_file, to_json(texts))
         except OSError as error:
             raise RunError(f"can't write {self.datasets_file}: {error}") from None
 
-    def read_datasets(self) -> list[Path]:
+    def read_datasets(self) -> list[Path | str]:
         """What `write_datasets` noted last."""
         try:
-            return [Path(text) for text in json.loads(self.datasets_file.read_text(encoding="utf-8"))]
+            texts = json.loads(self.datasets_file.read_text(encoding="utf-8"))
+            return [Path(text) if text.startswith("/") else text for text in texts]
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise RunError(f"can't read {self.datasets_file}: {error}") from None
 
     def write_status(self, status: Mapping[str, Any]) -> None:
@@ -242,11 +244,13 @@ def check_name(name: str) -> None:
         )
 
 
-def create_run(runs_dir: Path | str, name: str | None, config: Config) -> RunFolder:
+def create_run(
+    runs_dir: Path | str, name: str | None, config: Config, advice: str = "choose another --runs-dir"
+) -> RunFolder:
     """Makes the folder of a new run and writes its config.yaml.
 
     Without a name, `default_run_name` gives one that is free. Raises RunError for a name that isn't allowed
-    or is taken, and when the folder can't be written.
+    or is taken, and when the folder can't be written, with the `advice`.
     """
     root = Path(runs_dir)
     chosen = name if name is not None else _free_name(root, default_run_name(config))
@@ -269,8 +273,8 @@ def create_run(runs_dir: Path | str, name: str | None, config: Config) -> RunFol
     except OSError as error:
         shutil.rmtree(unnamed, ignore_errors=True)
         if root.is_file():
-            raise RunError(f"the runs folder {root} is a file; choose another --runs-dir") from None
-        raise RunError(f"can't make the run's folder {path}: {error}; choose another --runs-dir") from None
+            raise RunError(f"the runs folder {root} is a file; {advice}") from None
+        raise RunError(f"can't make the run's folder {path}: {error}; {advice}") from None
     return RunFolder(path, config)
 
 

@@ -118,26 +118,29 @@ class Remote:
         return True
 
     def write(
-        self, name: str, file: BinaryIO, num_bytes: int, before_move: Callable[[], None] = lambda: None
+        self, name: str, file: BinaryIO, num_bytes: int, meanwhile: Callable[[], None] = lambda: None
     ) -> None:
         """Copies the next bytes of an open file, fewer if it ends before. Until all are there, the old file stays.
 
-        before_move: called when an upload is done that may have taken long, before it gets its name; may raise.
-        Raises OSError if the open file can't be read.
+        meanwhile: called between chunks of an upload that may take long, where its RemoteError ends nothing, and before
+        the file gets its name; may raise. May write small files. Raises OSError if the open file can't be read.
         """
         first = file.read(min(num_bytes, CHUNK_BYTES))
-        if len(first) == num_bytes and self._is_object_store:
+        is_small = len(first) == num_bytes
+        if is_small and self._is_object_store:
             with self._reported("write", name):
                 self._write_stream(name, iter([first]))
             return
         # A stream that broke off may close with what it got so far: never under the file's own name.
+        temporary = f"{self._temporary}-small" if is_small else self._temporary
         with self._reported("write", name):
-            self._write_stream(self._temporary, _chunks(first, file, num_bytes))
-        before_move()
+            self._write_stream(temporary, _chunks(first, file, num_bytes, meanwhile))
+        if not is_small:
+            meanwhile()
         with self._reported("write", name):
             if not self._is_object_store:
                 self._make_parent(name)
-            self._files.move(self._path(self._temporary), self._path(name))
+            self._files.move(self._path(temporary), self._path(name))
 
     def write_bytes(self, name: str, data: bytes) -> None:
         self.write(name, io.BytesIO(data), len(data))
@@ -201,10 +204,12 @@ class _Unreadable(Exception):
         self.cause = cause
 
 
-def _chunks(first: bytes, file: BinaryIO, num_bytes: int) -> Iterator[bytes]:
+def _chunks(first: bytes, file: BinaryIO, num_bytes: int, meanwhile: Callable[[], None]) -> Iterator[bytes]:
     yield first
     num_left = num_bytes - len(first)
     while num_left:
+        with suppress(RemoteError):
+            meanwhile()
         try:
             chunk = file.read(min(num_left, CHUNK_BYTES))
         except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,7 +14,9 @@ from typing import Any, NamedTuple
 
 from distributed_muzero.errors import RunError
 from distributed_muzero.mirror import uri as uris
+from distributed_muzero.mirror.download import files_at
 from distributed_muzero.mirror.mirror import Mirror, keep_pushing
+from distributed_muzero.mirror.owner import interval_at
 
 COPIED_BY_SHARDS = ("replay", "replay.resharding", "replay.before-resharding")
 INTERVAL_VARIABLE = "DISTRIBUTED_MUZERO_COPY_SECONDS"
@@ -31,6 +34,7 @@ class Owned(NamedTuple):
 
     uri: str
     token: str  # of the driver; no shard takes its copy back from another run's
+    run: str  # id; a folder that an earlier run of this name has left is emptied
 
 
 class Copies:
@@ -45,8 +49,10 @@ class Copies:
         self._run = self._mirror(folder, uri, COPIED_BY_SHARDS)
         self._shards: list[Mirror] = []
 
-    def _mirror(self, folder: Path, uri: str, exclude: Collection[str] = ()) -> Mirror:
-        return make_mirror(folder, uri, exclude, self._messages.append)
+    def _mirror(
+        self, folder: Path, uri: str, exclude: Collection[str] = (), run: str | None = None
+    ) -> Mirror:
+        return make_mirror(folder, uri, exclude, run, self._messages.append)
 
     def owner_elsewhere(self) -> str | None:
         """Who went on with the run last, in words; None if it was this folder's last process. Raises RunError."""
@@ -54,7 +60,18 @@ class Copies:
 
     def interval_elsewhere(self) -> float | None:
         """Seconds between the copies of who went on with it last; None if it doesn't say. Raises RunError."""
-        return self._run.interval_elsewhere()
+        return interval_at(self.uri)
+
+    def require_room(self, num_shards: int) -> None:
+        """Raises RunError if what `claim` would fetch, for so many shards too, has no room on this machine's disk."""
+        shards = [self._mirror(*shard_place(self._folder, self.uri, i)) for i in range(num_shards)]
+        num_bytes = sum(mirror.bytes_to_fetch() for mirror in (self._run, *shards))
+        num_free = shutil.disk_usage(self._folder).free
+        if num_bytes > num_free:
+            raise RunError(
+                f"the run at {uris.shown(self.uri)} takes {num_bytes} bytes, the disk of {self._folder} has room for "
+                f"{num_free}: make room, or name another disk by {uris.STATE_VARIABLE}; nothing has been taken over"
+            )
 
     def claim(self) -> None:
         """Makes this process the owner; the folder is as new as the copy afterwards. Raises RunError."""
@@ -71,19 +88,18 @@ class Copies:
 
     @property
     def owned(self) -> Owned:
-        return Owned(self.uri, self._run.token)
+        assert self._run.run is not None
+        return Owned(self.uri, self._run.token, self._run.run)
 
     def claim_new(self) -> None:
         """As `claim`, of a copy that isn't there yet, and makes it. Raises RunError if there is one by now."""
-        if self._run.claim() != "new":
-            raise RunError(
-                f"another process has just made {uris.shown(self.uri)}; choose another --name, or go on with it"
-            )
+        self._run.claim(must_be_new=True)
         self._run.push(required=True)
 
     def claim_shards(self, num_shards: int) -> None:
         """The same for the shards' folders: where they are opened in this process."""
-        self._shards = [self._mirror(*shard_place(self._folder, self.uri, i)) for i in range(num_shards)]
+        places = [shard_place(self._folder, self.uri, i) for i in range(num_shards)]
+        self._shards = [self._mirror(*place, run=self._run.run) for place in places]
         for mirror in self._shards:
             mirror.claim()
 
@@ -100,10 +116,14 @@ class Copies:
             mirror.push(required=True)
 
     @contextmanager
-    def keep_pushing(self) -> Iterator[None]:
-        """Copies in the background, and once more in the end."""
-        with keep_pushing([self._run, *self._shards]):
+    def keep_pushing(self, once_more: bool = True) -> Iterator[None]:
+        """Copies in the background, and `once_more` in the end."""
+        with keep_pushing([self._run, *self._shards], once_more):
             yield
+
+    def has_episodes(self) -> bool:
+        """Whether any shard's copy has stored any. Raises RunError."""
+        return any("/episodes/segment_" in name for name in files_at(uris.join(self.uri, "replay")))
 
     def check(self) -> None:
         """Raises RunError if another process has taken the run over."""
@@ -140,7 +160,7 @@ class ShardCopy:
     def __init__(self, run: Path, owned: Owned, index: int):
         """Makes the shard's folder as new as its copy, or newer; the shard opens it afterwards. Raises RunError."""
         make_mirror(run, owned.uri).require_owner(owned.token)
-        self._mirror = make_mirror(*shard_place(run, owned.uri, index))
+        self._mirror = make_mirror(*shard_place(run, owned.uri, index), run=owned.run)
         self._mirror.claim(may_be_late=True)
         self._claimed_at = time.monotonic()
         self._pushing = ExitStack()
@@ -171,7 +191,11 @@ class ShardCopy:
 
 
 def make_mirror(
-    folder: Path, uri: str, exclude: Collection[str] = (), tell: Callable[[str], None] = logger.warning
+    folder: Path,
+    uri: str,
+    exclude: Collection[str] = (),
+    run: str | None = None,
+    tell: Callable[[str], None] = logger.warning,
 ) -> Mirror:
     return Mirror(
         folder,
@@ -179,6 +203,7 @@ def make_mirror(
         exclude=exclude,
         interval_seconds=interval_seconds(),
         last_push_seconds=LAST_PUSH_SECONDS,
+        run=run,
         tell=tell,
     )
 

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 from distributed_muzero.config import Config
 from distributed_muzero.errors import RunError
 from distributed_muzero.mirror import uri as uris
-from distributed_muzero.mirror.download import fetch, names_at, read_at
+from distributed_muzero.mirror.download import fetch, names_at, read_at, reading_folder
 from distributed_muzero.mirror.mirror import ALIVE
+from distributed_muzero.mirror.owner import interval_at
 from distributed_muzero.run_folder import (
     NAME,
     RunFolder,
@@ -93,9 +94,11 @@ def created(runs_dir: str, name: str | None, config: Config) -> Iterator[Opened]
             f"run {place.name!r} exists already in {uris.shown(runs_dir)}; choose another --name, or go on with it: "
             f"resume {place.name}"
         )
-    if NAME.fullmatch(place.name) and place.local.exists():
-        _remove_unborn(place)
-    folder = replace(create_run(place.local.parent, place.name, config), uri=place.uri)
+    with _told_of_the_disk(place.local):
+        if NAME.fullmatch(place.name) and place.local.exists():
+            _remove_unborn(place)
+    advice = f"name a writable disk with room by {uris.STATE_VARIABLE}"
+    folder = replace(create_run(place.local.parent, place.name, config, advice), uri=place.uri)
     with folder.locked():
         yield folder, _first_copy(folder.path, place.uri)
 
@@ -149,28 +152,36 @@ def opened(
             yield folder, None
         return
     _check_exists(place)
-    _check_change(place, change)
-    try:
+    stored = _check_change(place, change)
+    with _told_of_the_disk(place.local):
         place.local.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"can't make {place.local}, the folder on this machine for run {place.name!r}: {error}; name a disk with "
-            f"room by {uris.STATE_VARIABLE}"
-        ) from None
     with locked(place.local):
         copies = Copies(place.local, place.uri)
+        # Before a run elsewhere is ended for it. Spread shards fetch their copies on their own nodes.
+        copies.require_room(0 if stored.replay.spread_shards else stored.replay.num_shards)
         if not take_over and (owner := copies.owner_elsewhere()):
             await_silence(place, owner, tell, silent_seconds(copies.interval_elsewhere()))
         copies.claim()
         yield replace(open_run(place.name, place.local.parent), uri=place.uri), copies
 
 
-def _check_change(place: Place, change: Callable[[Config], Config]) -> None:
-    """Before a run elsewhere is ended for it."""
+def _check_change(place: Place, change: Callable[[Config], Config]) -> Config:
+    """Before a run elsewhere is ended for it; returns the changed config."""
     data, _ = read_at(place.uri, "config.yaml")
-    if data is not None:
-        stored = config_of(data, f"{uris.shown(place.uri)}/config.yaml")
-        RunFolder(place.local, stored, place.uri).with_config(change(stored))
+    stored = config_of(data or b"", f"{uris.shown(place.uri)}/config.yaml")
+    return RunFolder(place.local, stored, place.uri).with_config(change(stored)).config
+
+
+@contextmanager
+def _told_of_the_disk(folder: Path) -> Iterator[None]:
+    """Raises RunError where the disk for what lies at a URI refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"can't make {folder} for the run on this machine: {error}; name a writable disk with room by "
+            f"{uris.STATE_VARIABLE}"
+        ) from None
 
 
 def await_silence(
@@ -223,13 +234,19 @@ def silent_seconds(interval: float | None = None) -> float:
 
 
 def open_to_read(run: str, runs_dir: str, exclude: Collection[str] = ()) -> RunFolder:
-    """A run as it is now, or as it was copied last. exclude: folders that aren't needed. Raises RunError."""
+    """A run as it is now, or as it was copied last; what is fetched stays until this process ends, or fetches it anew.
+
+    exclude: folders that aren't needed. Raises RunError.
+    """
     place = place_of(run, runs_dir)
     if place is None:
         return open_run(run, runs_dir)
     _check_exists(place)
-    path = fetch(place.uri, place.local.parent / FETCHED / place.name, exclude)
-    return replace(open_run(place.name, path.parent), uri=place.uri)
+    parent = place.local.parent / FETCHED
+    with _told_of_the_disk(parent):
+        folder = reading_folder(parent) / "-".join(["without", *sorted(exclude)] if exclude else ["whole"])
+    fetch(place.uri, folder / place.name, exclude)
+    return replace(open_run(place.name, folder), uri=place.uri)
 
 
 def last_status(run: str, runs_dir: str) -> dict[str, Any] | None:
@@ -251,7 +268,8 @@ def current_status(run: str, runs_dir: str) -> dict[str, Any]:
     if not status:
         return {"run": place.name, "state": "starting"}
     last_sign = max(changed_at or 0.0, read_at(place.uri, ALIVE)[1] or 0.0)
-    if status.get("state") in GOING_ON and time.time() - last_sign > silent_seconds():
+    is_going_on = status.get("state") in GOING_ON
+    if is_going_on and time.time() - last_sign > silent_seconds(interval_at(place.uri)):
         status["state"] = "lost"
     return status
 

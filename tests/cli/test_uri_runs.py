@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from distributed_muzero.cluster.program import ReplayShardWorker
 from distributed_muzero.cluster.run_control import Desired
 from distributed_muzero.config import make_config
 from distributed_muzero.errors import RunError
-from distributed_muzero.mirror.download import fetch
+from distributed_muzero.mirror.download import fetch, names_at
 from distributed_muzero.mirror.uri import local_runs_dir
 from distributed_muzero.replay.inspection import list_all_held
 from distributed_muzero.run_folder import create_run, locked
+from distributed_muzero.workers import runs
+from distributed_muzero.workers.replay_shard import ReplayShard
 from distributed_muzero.workers.run_copy import Copies, ShardCopy, interval_seconds
 from distributed_muzero.workers.runs import (
     Place,
@@ -30,50 +33,11 @@ from distributed_muzero.workers.runs import (
     open_to_read,
     opened,
 )
-from tests.object_store import ObjectStore, environment
+from tests.episodes import SPEC, make_episode
 from tests.processes import run, started, wait_for
 
 DEBUG = ("--preset", "debug", "--in-process")
 FOREVER = ("--set", "run.max_train_steps=null", "--max-minutes", 3)
-
-
-@pytest.fixture(scope="module")
-def object_store() -> Iterator[ObjectStore]:
-    store = ObjectStore()
-    yield store
-    store.stop()
-
-
-@pytest.fixture
-def on_machine(tmp_path, monkeypatch) -> Callable[[str], Path]:
-    """Commands run on the machine of a name from now on: it has a disk of its own."""
-
-    def go_to(name: str) -> Path:
-        disk = tmp_path / name
-        monkeypatch.setenv("DISTRIBUTED_MUZERO_STATE_DIR", str(disk))
-        return disk
-
-    go_to("a")
-    return go_to
-
-
-@pytest.fixture
-def s3(object_store, monkeypatch, on_machine) -> str:
-    """The runs folder, which the commands know from the environment."""
-    for name, value in environment(object_store).items():
-        monkeypatch.setenv(name, value)
-    uri = f"s3://{object_store.new_bucket()}/runs"
-    monkeypatch.setenv("DISTRIBUTED_MUZERO_RUNS_DIR", uri)
-    return uri
-
-
-@pytest.fixture
-def there(tmp_path, monkeypatch, on_machine) -> str:
-    """A runs folder in a folder (file://), copied to often."""
-    monkeypatch.setenv("DISTRIBUTED_MUZERO_COPY_SECONDS", "0.3")
-    uri = f"file://{tmp_path}/there"
-    monkeypatch.setenv("DISTRIBUTED_MUZERO_RUNS_DIR", uri)
-    return uri
 
 
 def succeed(*arguments: object) -> tuple[str, str]:
@@ -94,8 +58,8 @@ def last_json(*arguments: object) -> dict:
     return json.loads(succeed(*arguments, "--json")[0].splitlines()[-1])
 
 
-def held_ids(runs: str) -> list[str]:
-    return [held.episode_id for held in list_all_held(open_to_read("r", runs).replay)]
+def held_ids(runs_dir: str) -> list[str]:
+    return [held.episode_id for held in list_all_held(open_to_read("r", runs_dir).replay)]
 
 
 @pytest.mark.slow
@@ -128,8 +92,8 @@ def test_a_run_goes_on_elsewhere_as_if_nothing_had_happened(s3, on_machine):
     assert last_json("replay", "verify", f"{s3}/r")["ok"]
     assert "2" in succeed("replay", "stats", "r")[0]
     assert "2 replay shards and can't have 3" in fail("resume", "r", "--shards", 3, "--in-process")
-    runs = [json.loads(line) for line in succeed("runs", "--json")[0].splitlines()]
-    assert runs == [{"run": "r", "state": "finished"}]
+    listed = [json.loads(line) for line in succeed("runs", "--json")[0].splitlines()]
+    assert listed == [{"run": "r", "state": "finished"}]
     assert last_json("status", "r")["learner_steps"] == second["learner_steps"]
 
 
@@ -226,6 +190,66 @@ def test_a_disk_that_is_a_file_is_told_with_the_variable_that_names_another(ther
         pass
 
 
+def test_a_new_run_whose_state_folder_cant_be_made_is_told_the_variable_too(there, on_machine):
+    on_machine("b").write_text("")
+    expected = "can't make .*/b/.*name a writable disk with room by DISTRIBUTED_MUZERO_STATE_DIR"
+    with pytest.raises(RunError, match=expected) as error, created(there, "r", make_config({})):
+        pass
+    assert "--runs-dir" not in str(error.value)
+    on_machine("a")
+    with created(there, "r", make_config({})):
+        pass
+    on_machine("b")
+    with pytest.raises(RunError, match=expected):
+        open_to_read("r", there)
+
+
+def test_who_loses_the_race_to_make_a_run_leaves_the_winner_alone(there, tmp_path, monkeypatch):
+    winner = tmp_path / "winner"
+    winner.mkdir()
+    (winner / "config.yaml").write_text("{}")
+    won: list[Copies] = []
+
+    def names_before_the_winner_comes(uri: str) -> list[str]:
+        found = names_at(uri)
+        won.append(Copies(winner, f"{there}/r"))
+        won[0].claim_new()
+        return found
+
+    monkeypatch.setattr(runs, "names_at", names_before_the_winner_comes)
+    with (
+        pytest.raises(RunError, match="another process has just made it"),
+        created(there, "r", make_config({})),
+    ):
+        pass
+    (winner / "config.yaml").write_text("{run: {}}")
+    won[0].push()
+    assert Path(there[7:], "r/config.yaml").read_text() == "{run: {}}"
+    assert not (local_runs_dir(there) / "r").exists()
+
+
+def test_a_disk_without_room_for_a_run_does_not_end_it_elsewhere(there, on_machine, monkeypatch):
+    with created(there, "r", make_config({})) as (folder, copies):
+        copies.claim_shards(1)
+        (folder.replay / "shard_0/log").write_bytes(bytes(100_000))
+        copies.push()
+        here = on_machine("b")
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 950_000, 50_000)
+        )
+        expected = r"has room for 50000.*DISTRIBUTED_MUZERO_STATE_DIR"
+        taking_over = opened("r", there, pytest.fail, take_over=True)
+        with pytest.raises(RunError, match=expected) as error, taking_over:
+            pass
+        assert str(here) in str(error.value)
+        copies.push()
+        copies.check()
+    # What lies here already takes no room.
+    on_machine("a")
+    with opened("r", there, pytest.fail) as (_, again):
+        again.claim_shards(1)
+
+
 def test_a_lock_that_cant_be_opened_is_no_other_process(tmp_path):
     (tmp_path / "lock").mkdir()
     with pytest.raises(RunError, match=r"can't lock .*/lock.* Is a directory"), locked(tmp_path):
@@ -254,6 +278,52 @@ def test_a_shard_takes_no_copy_back_from_the_run_that_took_it_over(there, tmp_pa
     (tmp_path / "b/replay/shard_0/log").write_bytes(b"1")
     assert second.end() is None
     assert (Path(there[7:]) / "r/replay/shard_0/log").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize("in_driver", [False, True])
+def test_what_an_earlier_run_of_the_same_name_left_on_a_node_is_not_taken_for_the_new_ones(
+    there, tmp_path, in_driver
+):
+    """Games get the same ids in both: those of the new run must not be taken for known ones."""
+
+    def claim_shard(copies: Copies) -> ShardCopy | None:
+        if not in_driver:
+            return ShardCopy(tmp_path / "node", copies.owned, 0)
+        copies.claim_shards(1)
+        return None
+
+    def play(seed: int) -> tuple[str, int]:
+        shard = ReplayShard(SPEC, make_config({}), 0, tmp_path / "node/replay/shard_0")
+        [reply] = shard.insert([make_episode(10, name="r/0/0/1", seed=seed)])
+        shard.close()
+        return reply.status, len(list_all_held(tmp_path / "node/replay"))
+
+    run_uri = f"{there}/r"
+    driver = tmp_path / "node" if in_driver else tmp_path / "driver"
+    first = Copies(driver, run_uri)
+    first.claim()
+    copy = claim_shard(first)
+    assert play(1) == ("stored", 1)
+    if copy:
+        copy.begin()
+        assert copy.end() is None
+    first.push()
+
+    shutil.rmtree(there[7:])
+    second = Copies(tmp_path / "elsewhere", run_uri)
+    second.claim()
+    (tmp_path / "elsewhere/config.yaml").write_text("{}")
+    second.push()
+    if in_driver:
+        second = Copies(driver, run_uri)
+        second.claim()
+    copy = claim_shard(second)
+    assert play(2) == ("stored", 1)
+    # Its own folder is kept as ever.
+    again = Copies(driver if in_driver else tmp_path / "elsewhere", run_uri)
+    again.claim()
+    claim_shard(again)
+    assert play(2) == ("duplicate", 1)
 
 
 def test_a_shard_on_a_node_that_does_not_see_the_runs_folder_says_so(tmp_path):
@@ -353,6 +423,14 @@ def test_a_run_that_has_long_copied_nothing_is_shown_as_lost(place):
     assert current_status("r", place.runs)["state"] == "lost"
     Path(place.uri[7:], ".alive").write_text("1")
     assert current_status("r", place.runs)["state"] == "running"
+
+
+def test_a_run_that_seldom_copies_is_lost_after_two_of_its_own_pauses(place):
+    Path(place.uri[7:], ".owner").write_text('{"interval_seconds": 300}')
+    for silent_seconds, state in ((500, "running"), (700, "lost")):
+        written_at = time.time() - silent_seconds
+        os.utime(Path(place.uri[7:], "status.json"), (written_at, written_at))
+        assert current_status("r", place.runs)["state"] == state
 
 
 def test_one_that_copies_again_lives_and_one_that_says_its_over_is_not_waited_for(place):
