@@ -179,6 +179,39 @@ def test_a_runs_folder_that_is_filled_in_goes_on_to_the_mount(path):
 
 
 @both
+@pytest.mark.parametrize("failures", [0, 2, 1000])
+def test_package_lists_that_are_locked_are_waited_for_but_not_for_ever(path, failures, tmp_path):
+    calls = tmp_path / "calls"
+    tools = {
+        "sudo": f"""echo "$*" >> {calls}; case "$*" in
+            *update*) [ $(grep -c update {calls}) -gt {failures} ];; esac""",
+        "sleep": f"echo sleep >> {calls}",
+    }
+    for name, body in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["/bin/bash", "-c", f"({command_with(path, 'apt-get')})"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    lines = calls.read_text(encoding="utf-8").splitlines()
+    updates, last = sum("update" in line for line in lines), lines[-1]
+    if failures < 10:
+        assert (done.returncode, updates) == (0, failures + 1)
+        assert last.startswith("apt-get -o DPkg::Lock::Timeout=300 install -yq python3-venv")
+    else:
+        assert done.returncode == 1 and 5 < updates < 60 and "install" not in last
+
+
+def test_google_s_machines_have_a_disk_type_that_they_take():
+    config = load(GCP)
+    zone = config["provider"]["availability_zone"]
+    for machine in config["available_node_types"].values():
+        [disk] = machine["node_config"]["disks"]
+        assert disk["initializeParams"]["diskType"] == f"zones/{zone}/diskTypes/pd-balanced"
+
+
+@both
 def test_a_machine_with_another_python_is_refused(path):
     command = command_with(path, "version_info").replace("python3", shlex.quote(sys.executable), 1)
     assert subprocess.run(["bash", "-c", command], timeout=30).returncode == 0

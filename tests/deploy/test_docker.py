@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import ray
 
+from distributed_muzero.mirror.uri import STATE_VARIABLE
+
 ROOT = Path(__file__).parent.parent.parent
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 TEXT = DOCKERFILE.read_text(encoding="utf-8")
@@ -78,8 +80,10 @@ def test_torch_comes_first_and_installs_are_constrained_and_leave_no_cache():
     assert "--no-deps" in wheel
 
 
-def test_what_numba_compiles_goes_where_a_read_only_root_lets_it():
-    assert any("NUMBA_CACHE_DIR=/tmp/" in line for line in instructions("ENV"))
+def test_what_is_written_goes_where_a_read_only_root_lets_it():
+    [variables] = instructions("ENV")
+    for name in ("NUMBA_CACHE_DIR", STATE_VARIABLE):
+        assert re.search(rf"\b{name}=/tmp/\w+", variables), name
 
 
 def test_the_context_is_small_and_holds_what_an_installation_needs():
