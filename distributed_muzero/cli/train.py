@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from distributed_muzero.errors import RunError, RunIsOver
 if TYPE_CHECKING:
     from distributed_muzero.run_folder import RunFolder
     from distributed_muzero.workers.bookkeeper import Bookkeeper
+    from distributed_muzero.workers.run_copy import Copies
     from distributed_muzero.workers.run_state import Ending
     from distributed_muzero.workers.runs import Opened
 
@@ -60,7 +62,7 @@ def train(
     )  # fmt: skip
     chosen = choices.make_config()
     check_place(runs_dir)
-    datasets = [dataset_path(text) for text in offline or []]
+    datasets = [named_dataset(text) for text in offline or []]
     if resume is not options.Resume.auto:
         run_training(chosen, name, runs_dir, in_process, datasets)
         return
@@ -130,12 +132,19 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def dataset_path(text: str) -> Path:
-    """What --offline names, on this machine: a run at a URI is fetched. Raises RunError."""
+def named_dataset(text: str) -> Path | str:
+    """What --offline names: a path, or a run's URI."""
     from distributed_muzero.mirror.uri import is_uri
+
+    return text if is_uri(text) else Path(text)
+
+
+@cache
+def dataset_path(dataset: Path | str) -> Path:
+    """Where a dataset lies on this machine: a run at a URI is fetched, once. Raises RunError."""
     from distributed_muzero.workers.runs import open_to_read
 
-    return open_to_read(text, options.RUNS).path if is_uri(text) else Path(text)
+    return open_to_read(dataset, options.RUNS).path if isinstance(dataset, str) else dataset
 
 
 def run_training(
@@ -143,7 +152,7 @@ def run_training(
     name: str | None,
     runs_dir: str,
     in_process: bool,
-    datasets: list[Path],
+    datasets: Sequence[Path | str],
     may_exist: bool = False,
     take_over: bool = False,
     keeps_shards: bool = False,
@@ -161,7 +170,7 @@ def run_training(
     environment = make_environment(config.environment)
     environment.close()
     check_port(config.metrics)
-    check_datasets(datasets, environment.spec)
+    check_datasets([dataset_path(dataset) for dataset in datasets], environment.spec)
 
     def change(stored: Config) -> Config:
         return with_shards(config, stored.replay.num_shards) if keeps_shards else config
@@ -177,7 +186,7 @@ def train_in(
     run: AbstractContextManager[Opened],
     change: Callable[[Config], Config],
     in_process: bool,
-    datasets: Sequence[Path] = (),
+    datasets: Sequence[Path | str] = (),
 ) -> None:
     """Trains a run from where it stands, evaluates what did best, and says where everything lies.
 
@@ -204,7 +213,7 @@ def train_in(
         datasets = datasets or folder.read_datasets()
         if copies and (in_process or datasets):
             copies.claim_shards(config.replay.num_shards)
-        import_stored(folder, datasets, progress.message, stop.is_set)
+        import_stored(folder, datasets, copies, progress.message, stop.is_set)
         if stop.is_set():
             return
         if copies:
@@ -257,21 +266,31 @@ def play(book: Bookkeeper, in_process: bool, stop: Stop) -> Ending:
 
 def import_stored(
     folder: RunFolder,
-    datasets: Sequence[Path],
+    datasets: Sequence[Path | str],
+    copies: Copies | None,
     tell: Callable[[str], None],
     stop_requested: Callable[[], bool],
 ) -> None:
     """Puts the datasets' episodes into the run's replay; those that it holds already are not stored twice.
 
-    What a stop or a kill leaves out is imported when the run goes on. Raises RunError if nothing can be learnt from.
+    What a stop or a kill leaves out is imported when the run goes on, here or elsewhere. Raises RunError if nothing can
+    be learnt from.
     """
     if not datasets:
+        check_can_learn(folder, copies)
         return
     folder.write_datasets(datasets)
+    if copies:
+        copies.push()
     from distributed_muzero.replay.dataset import import_datasets
     from distributed_muzero.workers.builder import Builder
 
-    counts = import_datasets(datasets, folder.replay, Builder(folder.config, folder.name), stop_requested)
+    paths = [dataset_path(dataset) for dataset in datasets]
+    with copies.keep_pushing(once_more=False) if copies else nullcontext():
+        counts = import_datasets(paths, folder.replay, Builder(folder.config, folder.name), stop_requested)
+    if copies:
+        # Before the copy may say that nothing is left to import.
+        copies.push()
     if stop_requested():
         tell("the import was stopped; it goes on when the run does")
         return
@@ -289,6 +308,18 @@ def import_stored(
     if counts.evicted_transitions:
         tell(
             f"{counts.evicted_transitions} transitions didn't fit; raise replay.max_transitions to use them all"
+        )
+
+
+def check_can_learn(folder: RunFolder, copies: Copies | None) -> None:
+    """Raises RunError for a run that learns from stored episodes alone, and has none: it would wait for ever."""
+    if not folder.config.is_offline:
+        return
+    has_episodes = copies.has_episodes() if copies else any(folder.replay.glob("shard_*/episodes/segment_*"))
+    if not has_episodes:
+        raise RunError(
+            f"run {folder.name!r} learns from stored episodes alone, and {folder.place} holds none: put some in with "
+            f"`replay import {folder.name} DATASET`, or start another run with --offline DATASET"
         )
 
 
