@@ -147,6 +147,17 @@ class LearnerConfig(Section):
     weights_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     num_threads: Positive = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # of one machine that share each batch, a process each: GPUs, or processes of num_threads on the CPU
+    num_devices: Positive = 1
+
+    @model_validator(mode="after")
+    def _check(self) -> LearnerConfig:
+        if self.batch_size % self.num_devices:
+            raise ValueError(
+                f"batch_size {self.batch_size} can't be shared by num_devices {self.num_devices}: it must be a "
+                "multiple of it"
+            )
+        return self
 
 
 class EvaluatorConfig(Section):

@@ -18,6 +18,9 @@ from distributed_muzero.networks.base import Networks, as_networks
 
 MAX_REMEMBERED_OPTIMIZERS = 8
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+AddGradients = Callable[[Networks, Inputs, Tensor | None, LossWeights], Losses]
+
 
 def training(
     observations: Tensor,
@@ -52,7 +55,6 @@ def training(
         raise ContractError(
             f"importance_weights must be [M] = [{len(observations)}], got {list(importance_weights.shape)}"
         )
-    _check_finite(observations, target_policies, target_returns, target_rewards)
     if optimizer is None:
         optimizer = _remembered_optimizer(collect_parameters(h, g_r, g_s, f_v, f_p))
     if target_rewards is None:
@@ -66,40 +68,66 @@ def training(
         [parameter for group in optimizer.param_groups for parameter in group["params"]],
         weights,
         max_grad_norm,
+        add_row_gradients,
     )[0]
     return float(losses.total.mean())
 
 
 def training_step(
     networks: Networks,
-    targets: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    targets: Inputs,
     importance_weights: Tensor | None,
     optimizer: torch.optim.Optimizer,
     parameters: list[Tensor],
     weights: LossWeights,
     max_grad_norm: float,
+    add_gradients: AddGradients,
 ) -> tuple[Losses, Tensor]:
     """Loss, backward, clip, step; shared by training() and the learner.
 
     targets: observations, actions, policies, returns, rewards, as `unroll_losses` takes them.
+    add_gradients: `add_row_gradients`, or what does the same with others' help.
     Returns the rows' losses (detached) and the gradient's norm before clipping.
+    Raises NonFiniteError, and leaves weights and buffers as they were, when a target or the gradient isn't finite.
     """
+    _check_finite(targets)
     buffers = [(buffer, buffer.clone()) for buffer in networks.buffers()]
-    losses = unroll_losses(networks, *targets, weights)
-    total = losses.total if importance_weights is None else losses.total * importance_weights
     optimizer.zero_grad(set_to_none=False)
-    total.mean().backward()
+    losses = add_gradients(networks, targets, importance_weights, weights)
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     if not bool(torch.isfinite(norm)):
         for buffer, before in buffers:
             buffer.copy_(before)
         optimizer.zero_grad(set_to_none=False)
+        mean = float(weighted(losses, importance_weights).mean())
         raise NonFiniteError(
-            f"the loss or its gradient isn't finite (mean loss {float(total.detach().mean())}, gradient norm "
-            f"{float(norm)}); the weights were left as they were. Look for extreme targets, or lower the learning rate"
+            f"the loss or its gradient isn't finite (mean loss {mean}, gradient norm {float(norm)}); the weights "
+            "were left as they were. Look for extreme targets, or lower the learning rate"
         )
     optimizer.step()
-    return Losses(*(part.detach() for part in losses)), norm
+    return losses, norm
+
+
+def add_row_gradients(
+    networks: Networks,
+    targets: Inputs,
+    importance_weights: Tensor | None,
+    weights: LossWeights,
+    num_rows: int | None = None,
+) -> Losses:
+    """Adds the gradient of Σ_i w_i ℓ_i / num_rows, w_i the rows' importance; returns their losses, detached.
+
+    num_rows: of the whole batch, where these are a part of it: the parts' gradients sum up to that of its mean.
+    """
+    losses = unroll_losses(networks, *targets, weights)
+    total = weighted(losses, importance_weights)
+    (total.sum() / (num_rows or len(total))).backward()
+    return Losses(*(part.detach() for part in losses))
+
+
+def weighted(losses: Losses, importance_weights: Tensor | None) -> Tensor:
+    """[M] the rows' losses, as much as each counts."""
+    return losses.total if importance_weights is None else losses.total * importance_weights
 
 
 def collect_parameters(*functions: Callable) -> list[Tensor]:
@@ -179,13 +207,17 @@ def _check_shapes(observations, target_policies, target_actions, target_returns,
         )
 
 
-def _check_finite(observations, target_policies, target_returns, target_rewards) -> None:
+def _check_finite(targets: Inputs) -> None:
+    observations, _, policies, returns, rewards = targets
+    # Rewards may be made of returns: these are named first.
     tensors = {
         "observations": observations,
-        "target_policies": target_policies,
-        "target_returns": target_returns,
-        "target_rewards": target_rewards,
+        "target_policies": policies,
+        "target_returns": returns,
+        "target_rewards": rewards,
     }
-    for name, tensor in tensors.items():
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise NonFiniteError(f"{name} holds NaN or Inf; the weights were left as they were")
+    finite = {name: torch.isfinite(tensor).all() for name, tensor in tensors.items()}
+    # One question to the device, not four.
+    if not bool(torch.stack(list(finite.values())).all()):
+        name = next(name for name in finite if not bool(finite[name]))
+        raise NonFiniteError(f"{name} holds NaN or Inf; the weights were left as they were")

@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from distributed_muzero.cluster.placement import beside_driver, gpu_share, shard_options
+from distributed_muzero.cluster.placement import beside_driver, gpu_share, learner_gpus, shard_options
 from distributed_muzero.cluster.program import (
     ActorWorker,
     EvaluatorWorker,
@@ -29,8 +29,10 @@ class Makers:
         self.config = config
         self.run_name = run_name
         self.book = book
-        self.gpu_share = gpu_share(config, int(ray.cluster_resources().get("GPU", 0)))
-        self.learner_is_elsewhere = self.gpu_share > 0 and config.learner.device != "cpu"
+        num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        self.gpu_share = gpu_share(config, num_gpus)
+        self.learner_gpus = learner_gpus(config, num_gpus)
+        self.learner_is_elsewhere = self.learner_gpus > 0
         self.shards = [
             Role(f"replay shard {index}", partial(self._shard, index))
             for index in range(config.replay.num_shards)
@@ -62,7 +64,7 @@ class Makers:
         )
 
     def _learner(self) -> Any:
-        options = {"num_gpus": self.gpu_share} if self.learner_is_elsewhere else beside_driver()
+        options = {"num_gpus": self.learner_gpus} if self.learner_is_elsewhere else beside_driver()
         return LearnerWorker.options(**options).remote(self.config, self.run_name, self._shard_handles)
 
     def _actor(self, index: int) -> Any:

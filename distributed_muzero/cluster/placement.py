@@ -28,9 +28,22 @@ def shard_options(config: Config) -> dict[str, Any]:
 def gpu_share(config: Config, num_gpus: int) -> float:
     """Of a GPU, for each of the learner and the reanalysers that may use one: all of them find a place.
 
+    A learner with several devices has whole ones, and the reanalysers share what is left.
     num_gpus: that the cluster has now. A device of `cuda` waits for a node that is yet to come.
     """
-    devices = [config.learner.device] + num_reanalysers(config) * [config.reanalyse.device]
+    devices = num_reanalysers(config) * [config.reanalyse.device]
+    if config.learner.num_devices == 1:
+        devices.append(config.learner.device)
+    else:
+        num_gpus = max(num_gpus - int(learner_gpus(config, num_gpus)), 0)
     on_gpu = sum(device != "cpu" for device in devices)
     num_gpus = max(num_gpus, int("cuda" in devices))
     return 1 / math.ceil(on_gpu / num_gpus) if num_gpus and on_gpu else 0
+
+
+def learner_gpus(config: Config, num_gpus: int) -> float:
+    """For the learner: one for each of its devices, or a share of one. All are on one node, as Ray places a process."""
+    learner = config.learner
+    if learner.device == "cpu" or (learner.device == "auto" and not num_gpus):
+        return 0
+    return learner.num_devices if learner.num_devices > 1 else gpu_share(config, num_gpus)

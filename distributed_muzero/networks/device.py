@@ -12,3 +12,19 @@ def choose_device(name: str, setting: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{setting} is cuda, but torch sees no GPU here; use auto or cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_devices(name: str, setting: str, number: int) -> list[torch.device]:
+    """One for each of `number` processes of a machine: the first GPUs that torch sees, or the CPU for all.
+
+    Raises ConfigError, naming the setting, where there are GPUs, but fewer.
+    """
+    device = choose_device(name, setting)
+    if device.type == "cpu":
+        return [device] * number
+    if (seen := torch.cuda.device_count()) < number:
+        raise ConfigError(
+            f"{number} GPUs are asked for, but torch sees {seen} here; lower the number of devices, or set "
+            f"{setting} to cpu"
+        )
+    return [torch.device(device.type, index) for index in range(number)]

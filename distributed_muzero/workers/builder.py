@@ -47,8 +47,11 @@ class Builder:
 
     def learner(self) -> Learner:
         from distributed_muzero.workers.learner import Learner
+        from distributed_muzero.workers.learner_group import NetworkRecipe
 
-        return Learner(self.networks(), self.config.learner)
+        config = self.config
+        recipe = NetworkRecipe(self.spec, config.environment.history_length, config.network)
+        return Learner(self.networks(), config.learner, recipe)
 
     def reanalyser(self, index: int) -> Reanalyser:
         from distributed_muzero.workers.reanalyser import Reanalyser

@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 from distributed_muzero.algorithm.losses import LossWeights
-from distributed_muzero.algorithm.training import training_step
+from distributed_muzero.algorithm.training import add_row_gradients, training_step
 from distributed_muzero.config import LearnerConfig
-from distributed_muzero.errors import CheckpointError, NonFiniteError
+from distributed_muzero.errors import CheckpointError, ConfigError, NonFiniteError
 from distributed_muzero.networks.base import Networks
-from distributed_muzero.networks.device import choose_device
+from distributed_muzero.networks.device import choose_devices
 from distributed_muzero.networks.flat import FlatWeights, packed
 from distributed_muzero.replay.schema import Priorities
 from distributed_muzero.types import Batch
+from distributed_muzero.workers.data_parallel import IN_THE_VECTOR
+from distributed_muzero.workers.learner_group import LearnerGroup, NetworkRecipe
 from distributed_muzero.workers.run_state import LearnerReport, Version
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")
-IN_THE_VECTOR = (torch.float32, torch.float16, torch.bfloat16)  # kept exactly by a float32 vector
 
 
 class Published(NamedTuple):
@@ -43,9 +44,14 @@ Arrays = Mapping[str, Mapping[str, np.ndarray]]  # file stem -> name -> array
 class Learner:
     """One gradient step a batch on one vector of all weights, and the moving average of it that others play with."""
 
-    def __init__(self, networks: Networks, config: LearnerConfig):
+    def __init__(self, networks: Networks, config: LearnerConfig, recipe: NetworkRecipe | None = None):
+        """recipe: of the networks, for the other processes of a learner with several devices; it is to be closed.
+
+        Raises ConfigError for devices that aren't there.
+        """
         self.config = config
-        self.device = choose_device(config.device, "learner.device")
+        devices = choose_devices(config.device, "learner.device", config.num_devices)
+        self.device = devices[0]
         torch.set_num_threads(config.num_threads)
         self.networks = networks.to(self.device).train()
         self.flat = FlatWeights(self.networks)
@@ -57,6 +63,18 @@ class Learner:
         self.version = 0
         self._publish()
         self._loss_weights = LossWeights(config.value_weight, config.reward_weight, config.policy_weight)
+        self._group: LearnerGroup | None = None
+        if len(devices) > 1:
+            if recipe is None:
+                raise ConfigError(
+                    f"learner.num_devices is {len(devices)}: hand the learner a recipe, or make it with Builder"
+                )
+            self._group = LearnerGroup(self.networks, self.flat, devices, config, recipe)
+
+    def close(self) -> None:
+        """Ends the processes of its other devices, if it has any. May be called again; no step can follow."""
+        if self._group is not None:
+            self._group.close()
 
     def step(self, batch: Batch) -> dict[str, float]:
         """Learns from a batch and returns its metrics (means over the batch)."""
@@ -78,6 +96,7 @@ class Learner:
                 [self.flat.vector],
                 self._loss_weights,
                 self.config.max_grad_norm,
+                self._group.add_gradients if self._group else add_row_gradients,
             )
         except NonFiniteError as error:
             raise NonFiniteError(

@@ -7,11 +7,13 @@ from contextlib import ExitStack
 
 from distributed_muzero import checkpoint
 from distributed_muzero.config import Config
+from distributed_muzero.errors import RunError
 from distributed_muzero.types import Batch, Episode
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import Builder
 from distributed_muzero.workers.evaluator import Evaluator
 from distributed_muzero.workers.learner import Learner
+from distributed_muzero.workers.learner_group import DeviceLost
 from distributed_muzero.workers.outbox import Outbox
 from distributed_muzero.workers.reanalyser import Reanalyser
 from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
@@ -66,9 +68,13 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
                 save(learner, book)
             if reason:
                 return Ending(reason)
+    except DeviceLost as error:
+        save(learner, book)  # its own weights are whole
+        raise RunError(f"{error}. What was learnt is saved: resume goes on from there") from None
     finally:
         with ExitStack() as stack:  # each is closed, also when another can't be
-            closes = [evaluator.close, *(actor.close for actor in actors), *(shard.close for shard in shards)]
+            closes = [learner.close, evaluator.close]
+            closes += [*(actor.close for actor in actors), *(shard.close for shard in shards)]
             for close in closes:
                 stack.callback(close)
 
