@@ -218,8 +218,11 @@ class RunFolder:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keeps other processes from going on with the run in this folder. Raises RunError if one does."""
+def locked(path: Path, advice: str = "choose another disk") -> Iterator[None]:
+    """Keeps other processes from going on with the run in this folder. Raises RunError if one does.
+
+    advice: for a folder that can't be locked.
+    """
     with ExitStack() as stack:
         try:
             file = stack.enter_context((path / "lock").open("a"))
@@ -231,7 +234,7 @@ def locked(path: Path) -> Iterator[None]:
         except OSError as error:
             raise RunError(
                 f"can't lock {path / 'lock'}, which keeps two processes from going on with one run: {error}; "
-                "its folder has to be writable, on a disk with room that knows locks"
+                f"its folder has to be writable, on a disk with room that knows locks; {advice}"
             ) from None
         yield
 

@@ -39,6 +39,7 @@ GOING_ON = ("starting", "running")  # what the status says of a run that may liv
 # One that says so and has copied nothing for so many intervals is taken for dead.
 SILENT_INTERVALS = 2
 POLL_SECONDS = 1.0
+STATE_ADVICE = f"name a writable disk with room by {uris.STATE_VARIABLE}"
 
 Opened = tuple[RunFolder, Copies | None]
 
@@ -97,15 +98,14 @@ def created(runs_dir: str, name: str | None, config: Config) -> Iterator[Opened]
     with _told_of_the_disk(place.local):
         if NAME.fullmatch(place.name) and place.local.exists():
             _remove_unborn(place)
-    advice = f"name a writable disk with room by {uris.STATE_VARIABLE}"
-    folder = replace(create_run(place.local.parent, place.name, config, advice), uri=place.uri)
-    with folder.locked():
+    folder = replace(create_run(place.local.parent, place.name, config, STATE_ADVICE), uri=place.uri)
+    with locked(folder.path, STATE_ADVICE):
         yield folder, _first_copy(folder.path, place.uri)
 
 
 def _remove_unborn(place: Place) -> None:
     """What is left of a process that was killed before it made the first copy. Raises RunError for a run."""
-    with locked(place.local):
+    with locked(place.local, STATE_ADVICE):
         if (place.local / "launches.json").exists():
             raise RunError(
                 f"{place.local} is there, but no copy of it in {uris.shown(place.runs)}: choose another --name; or, if "
@@ -155,7 +155,7 @@ def opened(
     stored = _check_change(place, change)
     with _told_of_the_disk(place.local):
         place.local.mkdir(parents=True, exist_ok=True)
-    with locked(place.local):
+    with locked(place.local, STATE_ADVICE):
         copies = Copies(place.local, place.uri)
         # Before a run elsewhere is ended for it. Spread shards fetch their copies on their own nodes.
         copies.require_room(0 if stored.replay.spread_shards else stored.replay.num_shards)
@@ -178,10 +178,7 @@ def _told_of_the_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(
-            f"can't make {folder} for the run on this machine: {error}; name a writable disk with room by "
-            f"{uris.STATE_VARIABLE}"
-        ) from None
+        raise RunError(f"can't make {folder} for the run on this machine: {error}; {STATE_ADVICE}") from None
 
 
 def await_silence(

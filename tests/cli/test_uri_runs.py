@@ -250,9 +250,17 @@ def test_a_disk_without_room_for_a_run_does_not_end_it_elsewhere(there, on_machi
         again.claim_shards(1)
 
 
-def test_a_lock_that_cant_be_opened_is_no_other_process(tmp_path):
+def test_a_lock_that_cant_be_opened_is_no_other_process(there, tmp_path):
     (tmp_path / "lock").mkdir()
     with pytest.raises(RunError, match=r"can't lock .*/lock.* Is a directory"), locked(tmp_path):
+        pass
+    with created(there, "r", make_config({})):
+        pass
+    lock = local_runs_dir(there) / "r/lock"
+    lock.unlink()
+    lock.mkdir()
+    expected = r"can't lock .*name a writable disk with room by DISTRIBUTED_MUZERO_STATE_DIR"
+    with pytest.raises(RunError, match=expected), opened("r", there, pytest.fail):
         pass
 
 
