@@ -15,6 +15,14 @@ app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 MAX_PRODUCERS = 8
 
 
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """Of an option. Raises ConfigError."""
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: expected numbers separated by commas, such as 1,64") from None
+
+
 @app.command()
 def search(
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,64,256",
@@ -25,12 +33,7 @@ def search(
     """Simulations per second of the search on the yardstick network E64, on one thread."""
     if against not in (None, "mctx"):
         raise ConfigError(f"--against {against!r}: only mctx is known")
-    try:
-        sizes = tuple(int(size) for size in batches.split(","))
-    except ValueError:
-        raise ConfigError(
-            f"--batches {batches!r}: expected numbers separated by commas, such as 1,64"
-        ) from None
+    sizes = numbers("--batches", batches)
     from distributed_muzero.benchmarks.search import print_table, run
 
     result = run(batches=sizes, simulations=simulations, against_mctx=against == "mctx")
@@ -58,6 +61,51 @@ def replay(
     result = run_sampling(seconds, folder=folder)
     with ray_session(MAX_PRODUCERS):
         result |= run_inserts(insert_speed, seconds, producers=(1, MAX_PRODUCERS), folder=folder)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_table(result)
+
+
+@app.command()
+def broadcast(
+    actors: Annotated[int, typer.Option(min=1, help="Actor processes that take the weights.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Versions of each kind.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
+) -> None:
+    """From the learner's step to the last actor: seconds, private memory, and what it costs the learner."""
+    from distributed_muzero.benchmarks.broadcast import print_table, run
+    from distributed_muzero.cluster.broadcasting import measure
+    from distributed_muzero.cluster.session import ray_session
+
+    with ray_session(actors):
+        result = run(measure, actors, repeats=repeats)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_table(result)
+
+
+@app.command()
+def cluster(
+    actors: Annotated[str, typer.Option(help="Numbers of synthetic actors, by commas.")] = "10,100,500",
+    shards: Annotated[str, typer.Option(help="Numbers of replay shards, by commas.")] = "1,2,4",
+    seconds: Annotated[float, typer.Option(help="How long each turn lasts, with all actors at work.")] = 5.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each measurement.")] = 3,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Where logs are written; the disk counts.", exists=True, file_okay=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
+) -> None:
+    """The data plane alone: real driver and shards, hundreds of synthetic actors, a learner that doesn't learn."""
+    from distributed_muzero.benchmarks.cluster import print_table, run
+    from distributed_muzero.cluster.session import ray_session
+    from distributed_muzero.cluster.simulation import Players, simulate
+
+    counts = numbers("--actors", actors), numbers("--shards", shards)
+    with ray_session(1):
+        result = run(simulate, Players, *counts, seconds, repeats, folder)
     if as_json:
         print(json.dumps(result))
     else:

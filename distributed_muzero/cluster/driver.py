@@ -68,8 +68,12 @@ class Driver:
         stop_requested: Callable[[], bool],
         desired: Desired,
         control: Any,
+        makers: Makers | None = None,
     ):
-        """desired: what `control`, the handle of the run's RunControl, asks for so far."""
+        """desired: what `control`, the handle of the run's RunControl, asks for so far.
+
+        makers: of other processes than the run's own.
+        """
         self.config = config
         self.run_name = run_name
         self.book = book
@@ -80,7 +84,7 @@ class Driver:
         self.autoscaler = Autoscaler(desired.num_actors, desired.autoscale)
         self.control = Role("run control", lambda: control, control)
         self.shard_stats: dict[int, dict[str, float]] = {}
-        self.makers = Makers(config, run_name, book)
+        self.makers = makers or Makers(config, run_name, book)
         self.learner, self.evaluator = self.makers.learner(), self.makers.evaluator()
         self.shards = self.makers.shards
         self.actors: list[Role] = []
@@ -410,9 +414,14 @@ class Driver:
 
     def _handle_results(self) -> None:
         # Answers that are large arrive meanwhile: nothing is waited for below.
-        done, _ = ray.wait(self.calls.references(), num_returns=1, timeout=0.1)
+        asked = self.calls.references()
+        done, _ = ray.wait(asked, num_returns=1, timeout=0.1)
+        if done:  # and all others: what a turn costs grows with the number of actors
+            done, _ = ray.wait(asked, num_returns=len(asked), timeout=0)
         for ready in done:
             call = self.calls.pop(ready)
+            if call is None:
+                continue  # an answer before this one has shown that its process is lost
             try:
                 result = ray.get(ready, timeout=CALL_TIMEOUT_SECONDS)
             except RayTaskError as error:

@@ -98,8 +98,9 @@ class Calls:
     def references(self) -> list[Any]:
         return list(self._calls)
 
-    def pop(self, reference: Any) -> Call:
-        return self._calls.pop(reference)
+    def pop(self, reference: Any) -> Call | None:
+        """Takes a call out; None if its role was forgotten."""
+        return self._calls.pop(reference, None)
 
     def forget(self, role: Role) -> None:
         """Nobody waits for this role's answers any more."""
