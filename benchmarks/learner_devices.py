@@ -3,7 +3,8 @@
     python benchmarks/learner_devices.py --devices 1 2 --batch 256 --seconds 5 --turns 5
 
 Two networks for CartPole: E64 (as in docs/benchmarks.md) and one with hidden layers of 512. The batch is random; rates
-are medians over turns, which alternate between the numbers of devices.
+are medians over turns, which alternate between the numbers of devices. "CPU" is what all processes of the learner take
+for a step: unlike the rate, it tells something on a machine that does other work too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 
 from distributed_muzero.benchmarks.yardstick import CARTPOLE, E64
 from distributed_muzero.config import LearnerConfig, NetworkConfig
@@ -30,6 +32,7 @@ WARM_UP_STEPS = 5
 
 class Turn(NamedTuple):
     steps_per_second: float
+    cpu_seconds: float  # of a step, all processes together
     start_seconds: float  # of the learner, with its other processes
 
 
@@ -44,8 +47,8 @@ def main() -> None:
     arguments = parser.parse_args()
     batch = make_batch(arguments.batch)
     print(f"load before: {os.getloadavg()[0]:.1f}")
-    print("| network | weights | devices | steps/s | lowest to highest | ms a step | start (s) |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print("| network | weights | devices | steps/s | lowest to highest | ms a step | CPU (ms) | start (s) |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     for name, network in NETWORKS.items():
         turns: dict[int, list[Turn]] = {number: [] for number in arguments.devices}
         for _ in range(arguments.turns):
@@ -63,13 +66,20 @@ def measure(network: NetworkConfig, num_devices: int, batch: Batch, seconds: flo
     try:
         for _ in range(WARM_UP_STEPS):
             learner.step(batch)
-        num_steps, began = 0, time.perf_counter()
+        num_steps, cpu, began = 0, cpu_seconds(), time.perf_counter()
         while (passed := time.perf_counter() - began) < seconds:
             learner.step(batch)
             num_steps += 1
-        return Turn(num_steps / passed, start_seconds)
+        return Turn(num_steps / passed, (cpu_seconds() - cpu) / num_steps, start_seconds)
     finally:
         learner.close()
+
+
+def cpu_seconds() -> float:
+    """So far, of this process and those it started."""
+    this = psutil.Process()
+    times = [process.cpu_times() for process in (this, *this.children())]
+    return sum(time.user + time.system for time in times)
 
 
 def make_batch(num_rows: int, seed: int = 0) -> Batch:
@@ -94,10 +104,11 @@ def num_weights(network: NetworkConfig) -> int:
 def print_row(name: str, size: int, num_devices: int, turns: list[Turn]) -> None:
     rates = [turn.steps_per_second for turn in turns]
     median = statistics.median(rates)
+    cpu = statistics.median(turn.cpu_seconds for turn in turns)
     start = statistics.median(turn.start_seconds for turn in turns)
     print(
         f"| {name} | {size:,} | {num_devices} | {median:.1f} | {min(rates):.1f} to {max(rates):.1f} | "
-        f"{1000 / median:.2f} | {start:.1f} |",
+        f"{1000 / median:.2f} | {1000 * cpu:.2f} | {start:.1f} |",
         flush=True,
     )
 
