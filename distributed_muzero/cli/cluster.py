@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from distributed_muzero.cli import options
-from distributed_muzero.errors import ClusterError, ConfigError, RunError
+from distributed_muzero.cli.train import asks_for_shards
+from distributed_muzero.errors import ClusterError, ConfigError, RunError, RunIsOver
 
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
@@ -86,11 +87,16 @@ def submit(
     jobs = Jobs(address)
     may_exist = resume is options.Resume.auto
     arguments = ["--resume", resume.value, *(word for path in offline or [] for word in ("--offline", path))]
-    if shards is not None:
-        arguments += ["--shards", str(shards)]  # of an earlier launch, its own number counts otherwise
+    if asks_for_shards(shards, set_):
+        arguments += ["--shards", str(chosen.replay.num_shards)]  # else that of an earlier launch counts
     job_id = jobs.submit(run, chosen, arguments, package or [], runs_dir, may_exist)
     _tell(f"submitted as job {job_id}; waiting for it to start")
-    folder = jobs.wait_until_started(job_id, START_SECONDS)
+    try:
+        folder = jobs.wait_until_started(job_id, START_SECONDS)
+    except RunIsOver as over:
+        found = {"run": run, "job": job_id, "folder": None, "over": str(over)}
+        print(json.dumps(found) if as_json else f"nothing is left to do: {over}")
+        return
     if as_json:
         print(json.dumps({"run": run, "job": job_id, "folder": folder}))
         return
@@ -129,8 +135,9 @@ def watched(
     from distributed_muzero.workers.runs import has_run
 
     where = cluster_address(address)
-    if where is None and run and has_run(run, runs_dir):  # its driver writes there what it would answer
-        yield from _of_a_folder(run, runs_dir, watch, None)
+    here = status_of(run, runs_dir) if where is None and run and has_run(run, runs_dir) else None
+    if here and here["state"] in AT_WORK:  # its driver writes there what it would answer
+        yield from _of_a_folder(run, runs_dir, watch)
         return
     if is_http(where):
         run = Jobs(where).find(run).run
@@ -163,7 +170,13 @@ def watched(
             yield from _of_a_folder(run, runs_dir, watch, error)
             return
         while True:
-            found = run_status(run, runs_dir, where)
+            try:
+                found = run_status(run, runs_dir, where)
+            except RunError as unknown:
+                if here is None:
+                    raise
+                yield from _of_a_folder(run, runs_dir, watch, unknown)
+                return
             yield found
             if not watch or found["state"] not in AT_WORK or time.monotonic() >= deadline:
                 return
@@ -171,25 +184,47 @@ def watched(
 
 
 def _of_a_folder(
-    run: str | None, runs_dir: str, watch: bool, error: ClusterError | None
+    run: str | None, runs_dir: str, watch: bool, error: ClusterError | RunError | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Of a run of `train` on this machine."""
-    from distributed_muzero.workers.runs import current_status, names_in
+    """Of a run of `train` on this machine, or at a URI.   error: why no cluster tells of it."""
+    from distributed_muzero.workers.runs import current_status
 
-    names = names_in(runs_dir)
-    if not names and run is None:
-        raise RunError(f"{runs_dir} holds no runs, and {error}")
-    chosen = run or names[0]
+    why = f"; and {error}" if error else ""
+    chosen = run or run_at_hand(runs_dir)
+    if chosen is None:
+        raise RunError(f"{runs_dir} holds no runs{why}")
     try:
         found = current_status(chosen, runs_dir)
     except RunError as missing:
-        raise RunError(f"{missing}; and {error}") from None
+        raise RunError(f"{missing}{why}") from None
     while True:
         yield found
         if not watch or found["state"] not in AT_WORK:
             return
         time.sleep(WATCH_SECONDS)
         found = current_status(chosen, runs_dir)
+
+
+def run_at_hand(runs_dir: str) -> str | None:
+    """Of a runs folder: the run that goes on, else the one that was written last. Raises RunError if several go on."""
+    from distributed_muzero.cluster.control import written_at
+    from distributed_muzero.workers.runs import names_in
+
+    found = {name: status_of(name, runs_dir) for name in names_in(runs_dir)}
+    at_work = [name for name, status in found.items() if status["state"] in AT_WORK]
+    if len(at_work) > 1:
+        raise RunError(f"several runs are going on: {', '.join(at_work)}; name one")
+    return max(at_work or found, key=lambda name: written_at(found[name]) or 0, default=None)
+
+
+def status_of(run: str, runs_dir: str) -> dict[str, Any]:
+    """As its folder has it, with state `unreadable` where that can't be read."""
+    from distributed_muzero.workers.runs import current_status
+
+    try:
+        return current_status(run, runs_dir)
+    except RunError:
+        return {"run": run, "state": "unreadable"}
 
 
 def logs(
@@ -322,7 +357,7 @@ def runs(address: Address = None, runs_dir: options.RunsDir = options.RUNS, as_j
     """The runs of a cluster, newest first; or, where there is none, those in the runs folder here."""
     from distributed_muzero.cli.status_view import show_runs
     from distributed_muzero.cluster.jobs import Jobs, cluster_address
-    from distributed_muzero.workers.runs import current_status, names_in
+    from distributed_muzero.workers.runs import names_in
 
     try:
         found = [job.summary() for job in Jobs(address).runs()]
@@ -330,9 +365,7 @@ def runs(address: Address = None, runs_dir: options.RunsDir = options.RUNS, as_j
         if cluster_address(address) is not None:
             raise
         _tell(f"{error}\nThe runs in {runs_dir}:")
-        found = [
-            {"run": name, "state": current_status(name, runs_dir)["state"]} for name in names_in(runs_dir)
-        ]
+        found = [{"run": name, "state": status_of(name, runs_dir)["state"]} for name in names_in(runs_dir)]
     if as_json:
         for line in found:
             print(json.dumps(line))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ import typer
 
 from distributed_muzero.cli import options
 from distributed_muzero.config import Config, make_config, parse_overrides
-from distributed_muzero.errors import RunError, RunIsOver
+from distributed_muzero.errors import DistributedMuZeroError, RunError, RunIsOver
 
 if TYPE_CHECKING:
     from distributed_muzero.run_folder import RunFolder
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for a job's command
 FINAL_EVALUATION_STREAM = 10**12  # no evaluation during training used these seeds: theirs are learner steps
+# What a status says of a launch that is over.
+ENDED = ("finished", "stopped", "failed")
 RELOCATED_VERSIONS = 10**6  # of the weights: more than a launch gives out between two copies
 
 
@@ -69,10 +72,15 @@ def train(
     assert name is not None
     try:
         # An earlier launch may have been scaled: its number of shards counts, unless another is asked for here.
-        asks = shards is not None or "num_shards" in parse_overrides(set_ or []).get("replay", {})
-        run_training(chosen, name, runs_dir, in_process, datasets, True, take_over, keeps_shards=not asks)
+        keeps_shards = not asks_for_shards(shards, set_)
+        run_training(chosen, name, runs_dir, in_process, datasets, True, take_over, keeps_shards)
     except RunIsOver as over:
         print(f"nothing is left to do: {over}")
+
+
+def asks_for_shards(shards: int | None, set_: list[str] | None) -> bool:
+    """Whether the command says how many replay shards there are to be, by --shards or --set."""
+    return shards is not None or "num_shards" in parse_overrides(set_ or []).get("replay", {})
 
 
 def resume(
@@ -198,6 +206,7 @@ def train_in(
     from distributed_muzero.workers.bookkeeper import Bookkeeper, why_over
     from distributed_muzero.workers.layout import lay_out
 
+    began = time.monotonic()
     with ExitStack() as stack:
         folder, copies = stack.enter_context(run)
         config = change(folder.config)
@@ -205,16 +214,24 @@ def train_in(
         stop = stack.enter_context(stop_on_signal(progress))
         folder = folder.with_config(config)
         if reason := why_over(folder):
-            raise RunIsOver(f"run {folder.name} is over: {reason}; resume it with a higher limit to go on")
+            raise RunIsOver(
+                f"run {folder.name} is over: {reason}; resume it with a higher limit to go on, or with none, such as "
+                "--set run.stop_at_return=null"
+            )
         exporter = stack.enter_context(serve_metrics(folder)) if config.metrics.port is not None else None
-        if copies is None:
-            lay_out(folder.replay, config)
-        folder.write_config()
-        datasets = datasets or folder.read_datasets()
-        if copies and (in_process or datasets):
-            copies.claim_shards(config.replay.num_shards)
-        import_stored(folder, datasets, copies, progress.message, stop.is_set)
+        with starting(folder):
+            if copies is None:
+                lay_out(folder.replay, config)
+            folder.write_config()
+            datasets = datasets or folder.read_datasets()
+            if copies and (in_process or datasets):
+                copies.claim_shards(config.replay.num_shards)
+            import_stored(folder, datasets, copies, progress.message, stop.is_set)
         if stop.is_set():
+            write_state(folder, "stopped")
+            if copies:
+                copies.push()
+            progress.message(f"stopped after {time.monotonic() - began:.1f} s: a stop was asked for")
             return
         if copies:
             copies.push()
@@ -234,6 +251,31 @@ def train_in(
     if not ending.was_stopped and state.learner.learner_steps and not stop.is_set():
         seeds = (config.run.seed, FINAL_EVALUATION_STREAM)
         print_result(evaluate_run(folder, config.evaluator.num_episodes, seeds, None))
+
+
+@contextmanager
+def starting(folder: RunFolder) -> Iterator[None]:
+    """While the replay is made ready. How an earlier launch ended is no longer the run's status."""
+    if read_status(folder).get("state") in ENDED:
+        folder.write_starting()
+    try:
+        yield
+    except DistributedMuZeroError:
+        with suppress(RunError):
+            write_state(folder, "failed")
+        raise
+
+
+def read_status(folder: RunFolder) -> dict[str, Any]:
+    """The last one; empty where there is none that can be read."""
+    with suppress(RunError):
+        return folder.read_status() or {}
+    return {}
+
+
+def write_state(folder: RunFolder, state: str) -> None:
+    """Of a launch that ends before anybody has played: all else is as it was. Raises RunError."""
+    folder.write_status({**read_status(folder), "run": folder.name, "state": state})
 
 
 def play(book: Bookkeeper, in_process: bool, stop: Stop) -> Ending:

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from distributed_muzero.cluster.connect import connect
-from distributed_muzero.cluster.jobs import Jobs
+from distributed_muzero.cluster.jobs import Jobs, RunJob
 from distributed_muzero.cluster.run_control import NAMESPACE, Desired
 from distributed_muzero.errors import DistributedMuZeroError, RunError
 from distributed_muzero.workers.runs import last_status
@@ -50,18 +50,27 @@ def run_status(run: str | None, runs_dir: Path | str, address: str | None) -> di
     status: dict[str, Any] = {}
     with suppress(RunError):
         status = last_status(run, job.runs_dir or str(runs_dir)) or {}
-    state = job.state
-    if job.goes_on and is_before(status, job.started):
-        status = {}  # of the launch before
-    if not job.goes_on and status.get("state") in ("finished", "stopped"):
-        state = status["state"]
-    return {**status, "run": run, "state": state}
+    return status_by(job, status)
 
 
-def is_before(status: Mapping[str, Any], moment: float | None) -> bool:
-    """Whether a status was written before (seconds since 1970)."""
+def status_by(job: RunJob, status: Mapping[str, Any]) -> dict[str, Any]:
+    """The status of a run that doesn't answer itself.
+
+    job: its newest launch.   status: what its folder says, perhaps still of a launch before: then the job's state
+    counts, and if that one goes on, nothing of the status.
+    """
+    written = written_at(status)
+    is_old = job.started is None or written is None or written < job.started
+    if job.goes_on:
+        return {**({} if is_old else status), "run": job.run, "state": job.state}
+    tells_the_end = not is_old and status.get("state") in ("finished", "stopped")
+    return {**status, "run": job.run, "state": status["state"] if tells_the_end else job.state}
+
+
+def written_at(status: Mapping[str, Any]) -> float | None:
+    """When a status was written, in seconds since 1970; None if it doesn't say."""
     updated = status.get("updated")
-    return moment is None or updated is None or datetime.datetime.fromisoformat(updated).timestamp() < moment
+    return updated and datetime.datetime.fromisoformat(updated).timestamp()
 
 
 def change(run: str, **wishes: Any) -> Desired:

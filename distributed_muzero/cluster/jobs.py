@@ -29,7 +29,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from distributed_muzero.cluster.connect import check_answers
 from distributed_muzero.config import Config
-from distributed_muzero.errors import ClusterError, DistributedMuZeroError, RunError, first_line
+from distributed_muzero.errors import ClusterError, DistributedMuZeroError, RunError, RunIsOver, first_line
 
 # In a job's metadata.
 RUN_KEY, FOLDER_KEY = "distributed_muzero_run", "distributed_muzero_runs_dir"
@@ -51,6 +51,8 @@ CHATTY = (
 )  # fmt: skip
 AGENT_SECONDS = 60.0
 COMMAND_SECONDS = 120.0  # of a small job; most of it is Ray's start of a process
+LEFT_SECONDS = 60.0  # after its end, a small job's answer is nobody's any more
+IS_OVER = "nothing is left to do: "  # what `train --resume auto` says of a run that has reached a limit
 MAX_LISTED = 20  # runs named in an error
 # Ray's tools read these, in this order.
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -139,9 +141,8 @@ class Jobs:
         return next((job for job in self.runs() if job.run == run), None)
 
     def has_ended_orderly(self, job_id: str) -> bool:
-        """Whether the run's last word was that it has ended: one that is killed has none."""
-        ends = ("finished after", "stopped after")
-        return any(line.startswith(ends) for line in self.logs(job_id).splitlines())
+        """Whether the job lost nothing, see `lost_nothing`."""
+        return lost_nothing(self.logs(job_id))
 
     def submit(
         self,
@@ -231,15 +232,17 @@ class Jobs:
     def wait_until_started(self, job_id: str, timeout_seconds: float) -> str | None:
         """Where the run lies, once it says so; None if it says nothing in time.
 
-        Raises RunError if the job has ended without a start, with what it said last.
+        Raises RunError if the job has ended without a start, with what it said last; RunIsOver if that was for the
+        best.
         """
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline:
             state, output = self.state(job_id), self.logs(job_id)
-            for line in output.splitlines():
-                if line.startswith("run ") and " in " in line:
-                    return line.partition(" in ")[2].strip()
+            if place := place_in(output):
+                return place
             if state not in GOING_ON:
+                if reason := reason_over(output):
+                    raise RunIsOver(reason)
                 raise RunError(f"the run did not start, its job has {state}: {last_error(output)}")
             time.sleep(POLL_SECONDS)
         return None
@@ -280,18 +283,13 @@ class Jobs:
                 if self.state(job_id) in GOING_ON:
                     self.stop(job_id)
                     self.wait(job_id, REQUEST_SECONDS)
-                self._forget_commands()
+                self._forget_commands(job_id)
 
-    def _forget_commands(self) -> None:
+    def _forget_commands(self, own_id: str) -> None:
         """Also those of callers that were cut off."""
         with self._clear_errors():
-            for job in self._client.list_jobs():
-                if (
-                    COMMAND_KEY in (job.metadata or {})
-                    and job.submission_id
-                    and STATES[job.status] not in GOING_ON
-                ):
-                    self._client.delete_job(job.submission_id)
+            for job_id in commands_to_forget(self._client.list_jobs(), own_id):
+                self._client.delete_job(job_id)
 
     @contextmanager
     def _clear_errors(self) -> Iterator[None]:
@@ -342,6 +340,22 @@ def as_run_job(details: JobDetails) -> RunJob | None:
     )
 
 
+def commands_to_forget(listed: Sequence[JobDetails], own_id: str) -> list[str]:
+    """Which small jobs nobody reads any more: one's own, first, and those that had ended long before it did.
+
+    The cluster's times are compared with each other, never with those of this machine.
+    """
+    ended = {
+        job.submission_id: job.end_time or 0
+        for job in listed
+        if COMMAND_KEY in (job.metadata or {}) and job.submission_id and STATES[job.status] not in GOING_ON
+    }
+    if own_id not in ended:
+        return []
+    limit = ended.pop(own_id) - 1000 * LEFT_SECONDS
+    return [own_id, *(job_id for job_id, end in ended.items() if end <= limit)]
+
+
 def cluster_address(address: str | None) -> str | None:
     """The address that is asked for, else the environment's; None: whichever cluster runs on this machine."""
     given = [address, *(os.environ.get(name) for name in ADDRESS_VARIABLES)]
@@ -367,6 +381,24 @@ def last_json(output: str) -> dict[str, Any]:
     raise ClusterError(
         f"the cluster's answer can't be read: {output[-500:]!r}; is the same version installed there?"
     )
+
+
+def place_in(output: str) -> str | None:
+    """Where a run lies, as its job has printed; None before it has begun."""
+    lines = (line for line in output.splitlines() if line.startswith("run "))
+    return next((place.strip() for line in lines if (place := line.partition(" in ")[2])), None)
+
+
+def lost_nothing(output: str) -> bool:
+    """Whether the run's last word was that it has ended, which one that is killed has not; or it hadn't begun."""
+    ends = ("finished after", "stopped after")
+    return place_in(output) is None or any(line.startswith(ends) for line in output.splitlines())
+
+
+def reason_over(output: str) -> str | None:
+    """Which limit a run had reached before its job began, if that is what the job said."""
+    found = (line.partition(IS_OVER) for line in output.splitlines())
+    return next((reason for before, sign, reason in found if sign and not before), None)
 
 
 def last_error(output: str) -> str:

@@ -72,21 +72,32 @@ class RunControl:
         self.desired = desired
         self.status: dict[str, Any] = {}
         self._hasty_since = 0.0
+        self._num_chosen = desired.num_actors  # by the driver, when it wanted any last
 
     def exchange(self, status: dict[str, Any]) -> Desired:
         """The driver's call: leaves the newest status, takes the desired state."""
         self.status = status
+        self._num_chosen = status.get("actors", {}).get("desired") or self._num_chosen
         if time.monotonic() - self._hasty_since > HASTE_SECONDS:
             self.desired = self.desired._replace(in_haste=False)
         return self.desired
 
+    @property
+    def num_actors(self) -> int:
+        """As asked for, or as chosen last between the limits that are."""
+        return self._num_chosen if self.desired.autoscale else self.desired.num_actors
+
     def get_status(self) -> dict[str, Any]:
-        return self.status
+        """The driver's. It wants no actors while it changes the shards: then with the number that comes back."""
+        actors = self.status.get("actors")
+        if not actors or self.status["shards"] == self.desired.num_shards:
+            return self.status
+        return {**self.status, "actors": {**actors, "desired": self.num_actors}}
 
     def set_desired(self, **wishes: Any) -> Desired:
         """An outsider's call, with fields of `Desired`; returns the whole desired state. Raises RunError."""
-        if "autoscale" in wishes and wishes["autoscale"] is None and self.status:
-            wishes.setdefault("num_actors", self.status["actors"]["desired"])  # as many as were chosen last
+        if self.desired.autoscale and wishes.get("autoscale", self.desired.autoscale) is None:
+            wishes.setdefault("num_actors", self.num_actors)
         self.desired = self.desired.changed(**wishes)
         if wishes.get("in_haste"):
             self._hasty_since = time.monotonic()

@@ -60,9 +60,11 @@ def read_stand(folder: RunFolder, tell: Callable[[str], None]) -> Stand:
 
 
 def why_over(folder: RunFolder) -> str | None:
-    """Which limit a run has reached before it is launched again, in words; changes nothing."""
+    """Which limit or goal a run has reached before it is launched again, in words; changes nothing."""
     state = RunState(folder.config.run, time.monotonic)
     state.restore(*read_stand(folder, lambda _: None))
+    if best := checkpoint.best_checkpoint(folder.checkpoints):
+        state.evaluation = {"mean_return": best.mean_return}
     return state.stop_reason()
 
 

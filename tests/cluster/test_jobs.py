@@ -18,19 +18,27 @@ from typing import Any, NamedTuple
 
 import psutil
 import pytest
+from ray.job_submission import JobDetails, JobStatus, JobType
 
 from distributed_muzero import checkpoint
 from distributed_muzero.chaos.history import check
 from distributed_muzero.cluster.jobs import (
+    COMMAND_KEY,
+    RUN_KEY,
     STOP_WAIT_SECONDS,
     cluster_address,
+    commands_to_forget,
     entrypoint,
     is_http,
     last_error,
     last_json,
+    lost_nothing,
+    place_in,
+    reason_over,
 )
+from distributed_muzero.config import make_config
 from distributed_muzero.errors import ClusterError
-from distributed_muzero.run_folder import open_run
+from distributed_muzero.run_folder import create_run, open_run
 from tests.processes import command, descendants, wait_for
 
 # Few samples an insert: the limiter lets drained actors go soon.
@@ -262,6 +270,39 @@ class TestALifeFromOutside:
             ("life", "stopped"),
         ]
 
+    def test_a_run_that_is_over_goes_on_with_other_limits_and_shards_and_is_told_as_it_is(
+        self, cluster, tmp_path
+    ):
+        first = ("submit", "--preset", "debug", "--name", "brief")
+        again = (*first, "--resume", "auto")
+        cluster.outside(*first, "--max-train-steps", 20, "--max-minutes", 5)
+        wait_for("its end", lambda: cluster.status("brief")["state"] == "finished")
+        over = cluster.outside(*again, "--max-train-steps", 20)
+        assert "nothing is left to do: run brief is over" in over.stdout
+
+        refused = cluster.outside(*again, "--set", "network.embedding_size=7", expect=2)
+        assert "can't become 7" in refused.stderr
+        failed = cluster.status("brief")
+        assert failed["state"] == "failed" and failed["learner_steps"] >= 20
+
+        # A run of that name in a folder of this machine, where Ray finds the cluster, is another one.
+        for name in ("brief", "mine"):
+            create_run(tmp_path, name, make_config({})).write_status({"run": name, "state": "finished"})
+        here = {"RAY_TMPDIR": str(cluster.runs_dir.parent), "DISTRIBUTED_MUZERO_RUNS_DIR": str(tmp_path)}
+        told = [
+            json.loads(cluster.run("status", name, "--json", **here).stdout) for name in ("brief", "mine")
+        ]
+        assert [status["state"] for status in told] == ["failed", "finished"]
+
+        more = ("--set", "run.max_train_steps=null", "--max-minutes", 0.2, "--set", "replay.num_shards=2")
+        assert "run brief in" in cluster.outside(*again, *more).stdout
+        wait_for("its end", lambda: cluster.status("brief")["state"] == "finished")
+        assert len(list((cluster.runs_dir / "brief" / "replay").glob("shard_*"))) == 2
+        asking = [cluster.start("status", "brief", "--json") for _ in range(3)]
+        answers = [process.communicate(timeout=120)[0] for process in asking]
+        assert [process.returncode for process in asking] == [0, 0, 0]
+        assert {json.loads(answer)["shards"] for answer in answers} == {2}
+
     def test_a_stop_at_once_ends_all_without_a_checkpoint(self, cluster):
         cluster.outside(
             "submit", "--preset", "debug", "--name", "haste", *FOREVER, "--set", "learner.checkpoint_seconds=1000",
@@ -386,6 +427,55 @@ def test_a_failed_commands_last_error_is_what_it_said():
     assert last_error("Running\nerror: first\nerror: no run\n  two lines\n") == "no run\n  two lines"
     assert last_error("Traceback\nboom") == "Traceback\nboom"
     assert "printed nothing" in last_error("\n")
+
+
+STARTED = "Ray says something\nrun r in /mnt/my in runs/r\nstarting its workers\n"
+
+
+def test_where_a_run_lies_is_told_once_it_has_begun():
+    assert place_in(STARTED) == "/mnt/my in runs/r"
+    assert place_in("run: /mnt/runs/r\nrun r is over\n") is None
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("", True),
+        ("120 stored episodes: 120 new\n", True),
+        (STARTED, False),
+        (f"{STARTED}env steps 3\nstopped after 3.1 s: a stop was asked for\n", True),
+        (f"{STARTED}finished after 3.1 s: 5 learner steps were made\n", True),
+        (f"{STARTED}failed after 3.1 s\n", False),
+    ],
+)
+def test_a_job_lost_nothing_if_it_ended_by_itself_or_had_not_begun(output, expected):
+    assert lost_nothing(output) is expected
+
+
+def test_a_run_that_was_over_before_its_job_says_which_limit():
+    over = "run r is over: 200 learner steps were made (run.max_train_steps 200)"
+    assert reason_over(f"Ray\nnothing is left to do: {over}\n") == over
+    assert reason_over(f"error: {over}\n") is None
+
+
+def test_a_small_job_is_forgotten_by_who_asked_and_by_others_only_a_minute_later():
+    def job(name, end, key=COMMAND_KEY, status=JobStatus.SUCCEEDED):
+        return JobDetails(
+            type=JobType.SUBMISSION, submission_id=name, status=status, entrypoint="", metadata={key: "status"},
+            end_time=end,
+        )  # fmt: skip
+
+    listed = [
+        job("left long ago", 100_000),
+        job("a minute before", 940_000),
+        job("read by another now", 940_001),
+        job("own", 1_000_000),
+        job("ended later", 1_000_500, status=JobStatus.FAILED),
+        job("at work", None, status=JobStatus.RUNNING),
+        job("a run", 100_000, RUN_KEY),
+    ]
+    assert commands_to_forget(listed, "own") == ["own", "left long ago", "a minute before"]
+    assert commands_to_forget(listed, "at work") == []
 
 
 def make_wheel(folder: Path) -> Path:

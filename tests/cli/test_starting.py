@@ -1,0 +1,70 @@
+"""What a launch says that ends before anybody has played, and what a run says that has nothing left to do."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from distributed_muzero.cli import train
+from distributed_muzero.cli.train import asks_for_shards, train_in
+from distributed_muzero.config import load_preset, make_config
+from distributed_muzero.errors import RunError
+from distributed_muzero.run_folder import create_run
+from distributed_muzero.workers.runs import opened
+from tests import processes
+
+LIMITLESS = ("--set", "run.max_train_steps=null", "--set", "run.max_minutes=null")
+
+
+@pytest.fixture
+def ended_run(tmp_path):
+    folder = create_run(tmp_path, "r", make_config(load_preset("debug")))
+    folder.write_status({"run": "r", "state": "finished", "learner_steps": 5})
+    return folder
+
+
+def launch(folder):
+    train_in(opened("r", str(folder.path.parent), print), lambda config: config, True)
+
+
+def test_a_stop_during_an_import_is_told_and_is_the_runs_last_word(ended_run, monkeypatch, capfd):
+    seen = []
+
+    def stopped_import(folder, *_):
+        seen.append(folder.current_status())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "import_stored", stopped_import)
+    launch(ended_run)
+    assert seen == [{"run": "r", "state": "starting", "learner_steps": 5}]
+    assert ended_run.current_status() == {"run": "r", "state": "stopped", "learner_steps": 5}
+    assert any(line.startswith("stopped after") for line in capfd.readouterr().err.splitlines())
+
+
+def test_a_launch_that_fails_before_anybody_has_played_has_failed(ended_run, monkeypatch):
+    def refuse(*_):
+        raise RunError("none of the episodes can be learnt from")
+
+    monkeypatch.setattr(train, "import_stored", refuse)
+    with pytest.raises(RunError, match="none of the episodes"):
+        launch(ended_run)
+    assert ended_run.current_status() == {"run": "r", "state": "failed", "learner_steps": 5}
+
+
+def test_a_run_that_has_reached_its_goal_is_over(tmp_path):
+    goal = ("--preset", "debug", "--in-process", *LIMITLESS, "--stop-at-return", 1)
+    command = ("train", *goal, "--runs-dir", tmp_path, "--name", "r", "--resume", "auto")
+    first = processes.run(*command)
+    assert first.returncode == 0 and "an evaluation reached a mean return of" in first.stderr, first.stderr
+    before = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
+    again = processes.run(*command)
+    assert again.returncode == 0 and "nothing is left to do: run r is over" in again.stdout, again.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()} == before
+
+
+def test_a_number_of_shards_is_asked_for_by_either_option():
+    assert asks_for_shards(2, None)
+    assert asks_for_shards(None, ["actor.num_actors=3", "replay.num_shards=4"])
+    assert not asks_for_shards(None, ["replay.min_size_to_sample=9"])
