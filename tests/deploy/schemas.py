@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,9 @@ PLAIN: dict[tuple[str, str], Schema] = {
                 port=TEXT,
                 interval=TEXT,
                 relabelings=list_of(record(sourceLabels=list_of(TEXT), targetLabel=TEXT)),
+                metricRelabelings=list_of(
+                    record(sourceLabels=list_of(TEXT), regex=TEXT, action=one_of("keep", "drop"))
+                ),
             )
         ),
     ),
@@ -67,11 +71,13 @@ def plain_schemas() -> dict[tuple[str, str], Schema]:
     return {kind: _whole(spec) for kind, spec in PLAIN.items()}
 
 
+@cache
 def crd_schemas(folder: Path) -> dict[tuple[str, str], Schema]:
     """(apiVersion, kind) → strict schema, of every custom resource definition in a folder."""
     schemas = {}
     for path in sorted(folder.glob("*.yaml")):
-        crd = yaml.safe_load(path.read_text(encoding="utf-8"))["spec"]
+        # libyaml's loader: these files have tens of thousands of lines.
+        crd = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)["spec"]
         for version in crd["versions"]:
             spec = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
             schemas[f"{crd['group']}/{version['name']}", crd["names"]["kind"]] = _whole(_strict(spec))

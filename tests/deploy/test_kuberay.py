@@ -274,11 +274,52 @@ def test_nobody_from_outside_reaches_a_ray_pod(overlay):
             # Without ports, all are open: for Ray's own pods only.
             if "ports" not in rule:
                 assert rule["from"] == [{"podSelector": policies["muzero-ray"]["podSelector"]}]
+    [monitoring] = [rule for rule in policies["muzero-ray"]["ingress"] if "ports" in rule]
+    assert monitoring == {
+        "from": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
+        "ports": [{"protocol": "TCP", "port": name} for name in ("metrics", "run-metrics")],
+    }
     [dashboard] = policies["muzero-head"]["ingress"]
     assert dashboard["ports"] == [{"protocol": "TCP", "port": "dashboard"}]
     namespace, operator = dashboard["from"]
     assert namespace == {"podSelector": {}}
     assert operator["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
+
+
+@every_overlay
+def test_a_ray_pod_reaches_its_own_kind_and_names_and_the_head_kubernetes_too(overlay):
+    policies = {policy["metadata"]["name"]: policy["spec"] for policy in of_kind(overlay, "NetworkPolicy")}
+    ray = policies.pop("muzero-ray")
+    assert ray["egress"] == [
+        {"to": [{"podSelector": ray["podSelector"]}]},
+        {"ports": [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]},
+    ]
+    head = policies.pop("muzero-head")
+    api = [443, 6443, 8443] if overlay == "minikube" else [443, 6443]
+    assert head["egress"] == [{"ports": [{"protocol": "TCP", "port": port} for port in api]}]
+    assert not policies
+
+
+@every_overlay
+def test_prometheus_asks_where_a_run_serves(overlay):
+    [container] = cluster_spec(overlay)["headGroupSpec"]["template"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    for job in of_kind(overlay, "RayJob"):
+        words = shlex.split(job["spec"]["entrypoint"])
+        assert int(words[words.index("--metrics-port") + 1]) == ports["run-metrics"]
+        assert "metrics.host=0.0.0.0" in words
+    for monitor in of_kind(overlay, "PodMonitor"):
+        endpoints = [endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]]
+        assert endpoints == ["metrics", "run-metrics"]
+
+
+def test_prometheus_keeps_the_same_of_rays_metrics_everywhere():
+    [monitor] = of_kind("base", "PodMonitor")
+    [kept] = monitor["spec"]["podMetricsEndpoints"][0]["metricRelabelings"]
+    alone = yaml.safe_load((ROOT / "deploy" / "monitoring" / "prometheus.yml").read_text(encoding="utf-8"))
+    [also_kept] = alone["scrape_configs"][1]["metric_relabel_configs"]
+    assert kept["regex"] == also_kept["regex"]
+    assert kept["action"] == also_kept["action"] == "keep"
 
 
 def test_the_job_brings_the_bases_cluster_and_leaves_none_standing():
@@ -295,11 +336,12 @@ def test_a_job_that_is_tried_again_goes_on_with_its_run(overlay):
     # `exec`: a signal to the job reaches the program itself.
     words = shlex.split(spec["entrypoint"])
     assert words[:3] == ["exec", "distributed-muzero", "train"]
-    options = dict(zip(words[3::2], words[4::2], strict=True))
+    pairs = list(zip(words[3::2], words[4::2], strict=True))
+    options = dict(pairs)
     assert options["--resume"] == "auto"
     assert options["--name"]
     assert options["--runs-dir"] == "/runs"
-    assert options["--set"] == ("learner.device=cuda" if overlay == "job" else "learner.device=cpu")
+    assert ("--set", "learner.device=cuda" if overlay == "job" else "learner.device=cpu") in pairs
 
 
 @pytest.mark.parametrize("overlay", ["job", "minikube"])
