@@ -32,7 +32,7 @@ from distributed_muzero.workers.outbox import Outbox
 from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
 from distributed_muzero.workers.run_state import ActorReport
 
-BLOCKED_SECONDS = 0.02  # between two offers of an actor that is held back
+BLOCKED_SECONDS = 0.08  # between two offers of an actor that is held back, as Actor.play waits in the end
 WARM_UP_SECONDS = 1.0  # after the last actor has begun
 START_SECONDS = 110.0  # until the last actor has begun: the driver would replace those that are later
 END_SECONDS = 60.0  # until what was played is stored
@@ -82,13 +82,16 @@ class SyntheticActor:
         self.counts = Counts()
         self.lock = threading.Lock()  # held by the thread that plays or drains
         self._ended: float | None = None
+        self._is_leaving = False
         rate = players.episodes_per_second
         self._period = 0.0 if rate is None else players.episodes_at_once * players.num_actors / rate
         self._next = time.monotonic() + self._period * index / players.num_actors
 
     def play(self, version: int, seconds: float) -> ActorReport:
-        """As Actor.play, with steps that cost nothing."""
+        """As Actor.play, with steps that cost nothing. A call that was on its way when it was drained plays nothing."""
         report = ActorReport(weights_version=version)
+        if self._is_leaving:
+            return report
         start = time.monotonic()
         self.counts.calls_at.append((start, 0.0 if self._ended is None else start - self._ended))
         while (now := time.monotonic()) < start + seconds:
@@ -109,6 +112,7 @@ class SyntheticActor:
 
     def drain(self, is_patient: bool) -> int:
         """As ActorWorker.drain."""
+        self._is_leaving = True
         deadline = time.monotonic() + DRAIN_SECONDS
         pause = partial(time.sleep, DRAIN_PAUSE_SECONDS) if is_patient else None
         self.counts.left = self.outbox.drain(lambda: time.monotonic() >= deadline, pause)
