@@ -35,7 +35,8 @@ from distributed_muzero.workers.learner import Learner
 NUM_STEPS = {CARTPOLE.id: 200, FRAMES.id: 10}  # of an episode
 BATCH_ROWS = {CARTPOLE.id: 256, FRAMES.id: 64}
 MAX_BYTES = 6e9  # that the shards' rings may take
-SAMPLES_PER_INSERT = 0.1  # rows that the learner takes for each transition: few, so that inserts are what is measured
+# Rows that the learner takes for each transition: few, so that inserts are what is measured.
+SAMPLES_PER_INSERT = 0.1
 MAX_HOSTS = 4
 PACED_EPISODES = 50.0  # a second, of all actors together
 
