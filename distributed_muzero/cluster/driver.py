@@ -33,7 +33,8 @@ from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.run_copy import LAST_PUSH_SECONDS
 from distributed_muzero.workers.run_state import ActorReport, Crew, Ending, LearnerReport, Version
 
-PLAY_SECONDS = 0.25
+PLAY_SECONDS = 0.25  # of one call, at least
+MAX_PLAY_CALLS = 800  # a second, of all actors: more would keep the driver from everything else
 REANALYSE_SECONDS = 0.5
 TRAIN_SECONDS = 1.0  # at most; a call ends when the next weights version is due
 LEARNER_CALLS_IN_FLIGHT = 2  # so that the learner never waits for the driver
@@ -280,7 +281,8 @@ class Driver:
         if self.published is None:
             return  # the first weights are still on their way; _publish starts everybody
         version, steps, weights = self.published
-        call = role.handle.play.remote(version, weights, steps, PLAY_SECONDS)
+        seconds = max(PLAY_SECONDS, len(self.actors) / MAX_PLAY_CALLS)
+        call = role.handle.play.remote(version, weights, steps, seconds)
         has_played = role.working_since is not None
         timeout = self.config.actor.timeout_seconds if has_played else CALL_TIMEOUT_SECONDS
         self._call(role, call, partial(self._on_play, role), timeout)

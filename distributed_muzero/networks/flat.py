@@ -88,17 +88,14 @@ class FlatWeights:
 def packed(weights: Tensor, dtype: str) -> np.ndarray:
     """A vector [P] on its way to actors: float32, float16, or bfloat16 as its bits in int16, which numpy lacks.
 
-    Raises NonFiniteError for weights beyond float16's range.
+    It may share the vector's memory.   Raises NonFiniteError for weights beyond float16's range.
     """
     small = weights.detach().to(getattr(torch, dtype)).cpu()
     if dtype == "float16" and not bool(torch.isfinite(small).all()):
         raise NonFiniteError(
             "a weight goes beyond what float16 holds (65504); set learner.weights_dtype to bfloat16 or float32"
         )
-    if dtype == "bfloat16":
-        small = small.view(torch.int16)
-    # Not the memory of a tensor that goes on changing.
-    return small.numpy() if small.data_ptr() != weights.data_ptr() else small.numpy().copy()
+    return (small.view(torch.int16) if dtype == "bfloat16" else small).numpy()
 
 
 def unpacked(weights: np.ndarray) -> Tensor:

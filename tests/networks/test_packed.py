@@ -23,13 +23,6 @@ def test_what_is_packed_comes_back_within_the_rounding_of_its_type(dtype, num_by
     np.testing.assert_array_equal(torch.cat([module.weight.flatten(), module.bias]).detach(), back)
 
 
-def test_packed_float32_is_a_copy():
-    vector = VECTOR.clone()
-    kept = packed(vector, "float32")
-    vector += 1
-    np.testing.assert_array_equal(kept, VECTOR)
-
-
 def test_a_weight_beyond_float16_is_an_error_and_bfloat16_takes_it():
     large = torch.tensor([1.0, 7e4])
     with pytest.raises(NonFiniteError, match=r"learner\.weights_dtype to bfloat16"):
