@@ -93,11 +93,14 @@ def training_step(
     _check_finite(targets)
     buffers = [(buffer, buffer.clone()) for buffer in networks.buffers()]
     optimizer.zero_grad(set_to_none=False)
-    losses = add_gradients(networks, targets, importance_weights, weights)
+    try:
+        losses = add_gradients(networks, targets, importance_weights, weights)
+    except BaseException:
+        _write_back(buffers)
+        raise
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     if not bool(torch.isfinite(norm)):
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        _write_back(buffers)
         optimizer.zero_grad(set_to_none=False)
         mean = float(weighted(losses, importance_weights).mean())
         raise NonFiniteError(
@@ -128,6 +131,11 @@ def add_row_gradients(
 def weighted(losses: Losses, importance_weights: Tensor | None) -> Tensor:
     """[M] the rows' losses, as much as each counts."""
     return losses.total if importance_weights is None else losses.total * importance_weights
+
+
+def _write_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    for buffer, before in buffers:
+        buffer.copy_(before)
 
 
 def collect_parameters(*functions: Callable) -> list[Tensor]:

@@ -218,7 +218,7 @@ def train_in(
                 f"run {folder.name} is over: {reason}; resume it with a higher limit to go on, or with none, such as "
                 "--set run.stop_at_return=null"
             )
-        exporter = stack.enter_context(serve_metrics(folder)) if config.metrics.port is not None else None
+        exporter = stack.enter_context(serve_metrics(folder))
         with starting(folder):
             if copies is None:
                 lay_out(folder.replay, config)

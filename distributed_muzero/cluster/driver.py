@@ -119,7 +119,7 @@ class Driver:
         while True:
             self._handle_results()
             self._reconcile()
-            self.book.tick(list(self.shard_stats.values()), self._crew())
+            self.book.tick(self._stats_of_shards(), self._crew())
             if reason := self.book.state.stop_reason():
                 self._end(evaluate=not self.book.state.has_reached_goal)
                 return Ending(reason)
@@ -138,6 +138,11 @@ class Driver:
                     self.book.progress.message(str(error))
                 self._kill_all()
                 return None
+
+    def _stats_of_shards(self) -> list[dict[str, float]]:
+        """Of all shards, or none: sums of some would look as if episodes had gone."""
+        has_all = len(self.shard_stats) == len(self.shards)
+        return [self.shard_stats[index] for index in range(len(self.shards))] if has_all else []
 
     def _has_drained(self, is_stopped: bool) -> bool:
         """Whether all games are delivered, or the time for it is over. From the first call on, nobody plays.
@@ -161,7 +166,8 @@ class Driver:
 
     def _crew(self) -> Crew:
         played = [role.weights_version for role in self.actors if role.weights_version is not None]
-        newest = self.published.version if self.published else 0
+        # Not just the published one: a slow way out of the learner's node is staleness as well.
+        newest = max(self.published.version if self.published else 0, self.book.state.learner.weights_version)
         return Crew(
             desired=self.num_desired_actors,
             live=sum(role.working_since is not None for role in self.actors),
@@ -170,6 +176,7 @@ class Driver:
             staleness=newest - min(played, default=newest),
             unacknowledged=sum(role.unacknowledged for role in (*self.actors, *self.leaving)),
             calls=len(self.calls),
+            cpu_seconds=time.process_time(),
         )
 
     # What runs ------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ COUNTERS = {
     "shard_sampled_rows": "rows of batches that this shard gave",
 }
 INSERT_SECONDS = "shard_insert_seconds"
-INSERT_HELP = "time from an actor's offer to this shard's acknowledgement (s)"
+INSERT_HELP = "time from when this shard takes up an offer until it acknowledges it (s)"
 BUCKETS = [0.003, 0.01, 0.03, 0.1, 1.0]
 
 

@@ -41,7 +41,7 @@ class Role:
     def start(self) -> None:
         self.handle = self.make()
         self.is_ready = False
-        self.num_doubts = 0
+        self.num_doubts = self.unacknowledged = 0
         self.pending_since = time.monotonic()
 
     def is_long_pending(self, now: float) -> bool:

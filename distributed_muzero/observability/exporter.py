@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -19,12 +19,17 @@ from distributed_muzero.observability.metrics import PREFIX, metric_of
 from distributed_muzero.run_folder import RunFolder
 from distributed_muzero.version import __version__
 
+ELSEWHERE = "192.0.2.1"  # an address that is nobody's (RFC 5737)
 TARGETS_FOLDER = ".prometheus"  # in the folder of all runs; Prometheus looks for one file a run there
 
 
-def serve_metrics(folder: RunFolder) -> Exporter:
-    """A run's exporter, where its config says. Raises RunError if the port is taken."""
-    return Exporter(folder.name, folder.config.metrics, folder.path.parent / TARGETS_FOLDER)
+def serve_metrics(folder: RunFolder) -> AbstractContextManager[Exporter | None]:
+    """A run's exporter, where its config asks for one. Raises RunError if the port is taken."""
+    targets, config = folder.path.parent / TARGETS_FOLDER, folder.config.metrics
+    if config.port is not None:
+        return Exporter(folder.name, config, targets)
+    _remove(targets / f"{folder.name}.json")  # of an earlier launch that was killed
+    return nullcontext()
 
 
 def check_port(config: MetricsConfig) -> None:
@@ -46,13 +51,14 @@ class Exporter(Collector):
         registry = CollectorRegistry()
         registry.register(self)
         try:
+            host = _reachable(config.host)
             self._server, self._thread = start_http_server(config.port or 0, config.host, registry)
         except (OSError, OverflowError) as error:
             raise RunError(
                 f"metrics can't be served on {config.host} port {config.port}: {error}; "
                 "choose another with --metrics-port, or 0 for any that is free"
             ) from None
-        self.address = f"{_reachable(config.host)}:{self._server.server_port}"
+        self.address = f"{host}:{self._server.server_port}"
         self._target_file = targets / f"{run}.json" if targets else None
         if self._target_file:
             try:
@@ -74,10 +80,10 @@ class Exporter(Collector):
         """Nothing yet: a registry would collect to find out."""
         return ()
 
-    def close(self) -> None:
-        if self._target_file:
-            with suppress(OSError):
-                self._target_file.unlink()
+    def close(self, forget: bool = True) -> None:
+        """forget: the file for Prometheus goes too; else it finds that the run doesn't answer, and tells."""
+        if self._target_file and forget:
+            _remove(self._target_file)
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(timeout=5)
@@ -85,8 +91,8 @@ class Exporter(Collector):
     def __enter__(self) -> Exporter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.close(forget=error is None)
 
 
 def families(run: str, values: Mapping[str, float]) -> Iterator[Metric]:
@@ -106,8 +112,18 @@ def families(run: str, values: Mapping[str, float]) -> Iterator[Metric]:
     yield from found.values()
 
 
+def _remove(file: Path) -> None:
+    with suppress(OSError):
+        file.unlink()
+
+
 def _reachable(host: str) -> str:
-    """What Prometheus asks for where all addresses of this machine answer."""
-    if host not in ("", "0.0.0.0", "::"):
-        return host
-    return socket.gethostbyname(socket.gethostname())
+    """What Prometheus asks for, where all addresses of this machine answer: the one that packets leave by."""
+    if host in ("", "0.0.0.0", "::"):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((ELSEWHERE, 9))  # sends nothing
+            except OSError:  # no network
+                return "127.0.0.1"
+            return probe.getsockname()[0]
+    return f"[{host}]" if ":" in host else host

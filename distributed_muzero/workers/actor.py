@@ -111,13 +111,19 @@ class Actor:
         start, searched = clock(), self.search_seconds
         num_games, num_simulations = len(self._games), self.config.search.num_simulations
         wait_seconds = FIRST_WAIT_SECONDS
+
+        def deliver() -> None:
+            waits_since = clock()
+            outbox.flush(report)
+            report.waited_seconds += clock() - waits_since
+
         while not is_over():
             if outbox.is_blocked:
                 waits_since = clock()
                 sleep(wait_seconds)
-                wait_seconds = min(2 * wait_seconds, LONGEST_WAIT_SECONDS)
-                outbox.flush(report)
                 report.waited_seconds += clock() - waits_since
+                wait_seconds = min(2 * wait_seconds, LONGEST_WAIT_SECONDS)
+                deliver()
                 continue
             wait_seconds = FIRST_WAIT_SECONDS
             for episode in self.step():
@@ -127,10 +133,10 @@ class Actor:
             report.env_steps += num_games
             report.simulations += num_games * num_simulations
             if len(outbox) >= FLUSH_EPISODES:
-                outbox.flush(report)
+                deliver()
         if not outbox.is_blocked:
             # Else it has just asked in vain, and a shard that hangs would take as long to give no answer once more.
-            outbox.flush(report)
+            deliver()
         report.seconds = clock() - start
         report.search_seconds = self.search_seconds - searched
         report.unacknowledged = len(outbox)

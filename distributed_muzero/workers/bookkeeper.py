@@ -20,7 +20,7 @@ from distributed_muzero.observability.exporter import Exporter
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.observability.recorder import Recorder
 from distributed_muzero.run_folder import FIRST_LAUNCH, Launch, RunFolder
-from distributed_muzero.workers.run_copy import Copies
+from distributed_muzero.workers.run_copy import Copies, interval_seconds
 from distributed_muzero.workers.run_state import ActorReport, Crew, LearnerReport, RunState, Version
 
 TICK_SECONDS = 1.0
@@ -212,7 +212,6 @@ class Bookkeeper:
             **{f"restarts/{role}": number for role, number in self._restarts.items()},
             "actors/undelivered_episodes": self._undelivered,
             "checkpoint/age_seconds": self._clock() - self._last_checkpoint,
-            "driver/cpu_seconds": time.process_time(),
             "disk/free_bytes": shutil.disk_usage(self.folder.path).free,
         }
         if self._checkpoint_seconds is not None:
@@ -223,6 +222,7 @@ class Bookkeeper:
         if self.copies:
             copy = self.copies.state(self._shards)
             metrics["copy/seconds_since_push"] = copy["seconds_since_push"]
+            metrics["copy/interval_seconds"] = interval_seconds()
             metrics["copy/failures"] = copy["failures"]
         self._recorder.record(metrics, self.state.env_steps)
         self._show(metrics)

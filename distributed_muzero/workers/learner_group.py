@@ -123,6 +123,7 @@ class LearnerGroup:
         if importance_weights is None:
             importance_weights = torch.ones_like(inputs[3][:, 0])
         rows, layout = pack([*inputs, importance_weights])
+        generator = torch.get_rng_state()
         seed = int(torch.randint(LARGEST_SEED, ()))
         step = Step(num_rows=num_rows, layout=layout, seed=seed)
         try:
@@ -130,6 +131,7 @@ class LearnerGroup:
                 self._send(rank, step)
             losses = self._group.step(rows, num_rows, layout)
         except GroupBroken as error:
+            torch.set_rng_state(generator)  # the step was not made
             raise self._lost(str(error)) from None
         except BaseException:
             self.close()

@@ -108,6 +108,7 @@ class ReplayShard:
             if replies[-1].status == "stored":
                 accepted.append(episode)
                 num_transitions += episode.num_steps
+        self.num_limited_inserts += any(reply.status == "wait" for reply in replies)
         appended = self.store.append(accepted) if accepted else NOTHING
         self._num_pending += num_transitions
         # What was rejected may have no id, or be no episode at all.
@@ -163,7 +164,6 @@ class ReplayShard:
             # Without a step to sample, no sampling can let the limiter go on.
             is_empty = self.ring.num_starts == num_pending == 0
             if not (is_empty or self.limiter.can_insert(num_pending)):
-                self.num_limited_inserts += 1
                 return InsertReply("wait")
             self._validate(episode)
         except RejectedEpisode as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from distributed_muzero.config import RunConfig
+from distributed_muzero.observability.metrics import metric_of
 
 RETURNS_WINDOW = 100  # episodes in the mean return, as the field's tools report it
 
@@ -71,6 +72,7 @@ class Crew(NamedTuple):
     staleness: int = 0  # the learner's weights version minus the oldest one that an actor played with last
     unacknowledged: int = 0  # finished episodes that the actors still hold
     calls: int = 0  # to processes, not answered yet
+    cpu_seconds: float | None = None  # of the driver's process, where there is one
 
     @property
     def pending(self) -> int:
@@ -79,7 +81,9 @@ class Crew(NamedTuple):
 
     def metrics(self) -> dict[str, float]:
         states = {name: getattr(self, name) for name in ("desired", "live", "pending", "draining")}
+        driver = {} if self.cpu_seconds is None else {"driver/cpu_seconds": self.cpu_seconds}
         return {
+            **driver,
             **{f"actors/{name}": number for name, number in states.items()},
             "actors/staleness": self.staleness,
             "queue/episodes": self.unacknowledged,
@@ -119,6 +123,27 @@ class ReanalyseReport:
     updated: int = 0  # of them, those whose shard took the answer
 
 
+class Steady:
+    """Counts of processes that begin anew after a restart: a sum that falls goes on from where it stood."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, float] = {}
+        self._offset: dict[str, float] = {}
+
+    def counts(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics, of which counters never fall."""
+        return {
+            name: self._steady(name, value) if metric_of(name)[0].kind == "counter" else value
+            for name, value in metrics.items()
+        }
+
+    def _steady(self, name: str, value: float) -> float:
+        fall = max(self._last.get(name, value) - value, 0)
+        self._last[name] = value
+        self._offset[name] = self._offset.get(name, 0) + fall
+        return value + self._offset[name]
+
+
 class RunState:
     def __init__(self, config: RunConfig, clock: Callable[[], float]):
         self.config = config
@@ -135,6 +160,7 @@ class RunState:
         self.learner = LearnerReport()
         self.evaluation: dict[str, Any] | None = None
         self.waiting = self._last_waiting = Waiting()
+        self._steady = Steady()
 
     @property
     def seconds(self) -> float:
@@ -203,7 +229,9 @@ class RunState:
         counts = (self.env_steps, self.simulations, self.learner.learner_steps, self.refreshed)
         interval = max(now - self._last_time, 1e-9)
         env_rate, simulation_rate, learner_rate, refresh_rate = (
-            (count - last) / interval for count, last in zip(counts, self._last_counts, strict=True)
+            # Fewer learner steps, when a lost learner went on from its checkpoint, are no negative rate.
+            max(count - last, 0) / interval
+            for count, last in zip(counts, self._last_counts, strict=True)
         )
         self._last_time, self._last_counts = now, counts
         waiting, self._last_waiting = self.waiting.since(self._last_waiting), self.waiting
@@ -226,7 +254,7 @@ class RunState:
             "reanalyse/positions_per_second": refresh_rate,
             "weights/version": self.learner.weights_version,
             **self.learner.metrics,
-            **replay_metrics(shards, self.learner.weights_version),
+            **self._steady.counts(replay_metrics(shards, self.learner.weights_version)),
         }
         if self._returns:
             metrics["rollout/ep_rew_mean"] = sum(self._returns) / len(self._returns)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from distributed_muzero import training
+from distributed_muzero.algorithm.losses import LossWeights
 from distributed_muzero.algorithm.returns import n_step_returns
-from distributed_muzero.algorithm.training import collect_parameters
+from distributed_muzero.algorithm.training import collect_parameters, training_step
 from distributed_muzero.config import NetworkConfig
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import ContractError, NonFiniteError
@@ -324,3 +325,21 @@ def test_the_number_of_unrolled_steps_is_read_from_the_actions(num_unroll_steps)
 
     training(*data(num_rows=3, num_unroll_steps=num_unroll_steps), h, g_r, counted, f_v, f_p)
     assert calls == [3] * num_unroll_steps
+
+
+def test_a_step_that_others_break_off_leaves_running_statistics_as_they_were():
+    norm = nn.BatchNorm1d(2)
+    before = copy.deepcopy(norm.state_dict())
+
+    def lost_half_way(networks, inputs, importance_weights, weights):
+        networks(torch.randn(8, 2))
+        raise ConnectionError("a device is gone")
+
+    batch = data()
+    targets = (batch[0], batch[2], batch[1], batch[3], torch.zeros_like(batch[3]))
+    optimizer = torch.optim.SGD(norm.parameters(), lr=1.0)
+    with pytest.raises(ConnectionError):
+        training_step(
+            norm, targets, None, optimizer, list(norm.parameters()), LossWeights(), 5.0, lost_half_way
+        )
+    assert all(torch.equal(norm.state_dict()[name], kept) for name, kept in before.items())

@@ -2,13 +2,15 @@ import json
 import socket
 import urllib.request
 
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from distributed_muzero.config import MetricsConfig
+from distributed_muzero.config import Config, MetricsConfig
 from distributed_muzero.errors import RunError
-from distributed_muzero.observability.exporter import Exporter, check_port, families
+from distributed_muzero.observability.exporter import Exporter, check_port, families, serve_metrics
 from distributed_muzero.observability.metrics import METRICS
+from distributed_muzero.run_folder import create_run
 from distributed_muzero.version import __version__
 
 ANY = MetricsConfig(port=0)
@@ -66,6 +68,26 @@ def test_prometheus_finds_the_run_by_a_file_for_as_long_as_it_is_served(tmp_path
         assert exporter.address.startswith("127.0.0.1:")
     assert not file.exists()
     with pytest.raises(OSError):
+        scrape(exporter)
+
+
+def test_the_file_of_a_run_that_fails_stays_for_the_alarm_and_goes_with_the_next_launch(tmp_path):
+    folder = create_run(tmp_path, "first", Config(metrics=ANY))
+    file = tmp_path / ".prometheus" / "first.json"
+    with pytest.raises(ZeroDivisionError), serve_metrics(folder) as exporter:
+        1 / 0  # noqa: B018
+    assert json.loads(file.read_text()) == [{"targets": [exporter.address]}]
+    with pytest.raises(OSError):
+        scrape(exporter)
+    with serve_metrics(folder.with_config(Config())) as nothing:
+        assert nothing is None and not file.exists()
+
+
+def test_where_all_addresses_answer_prometheus_is_told_one_that_others_can_reach():
+    with Exporter("first", MetricsConfig(port=0, host="0.0.0.0")) as exporter:
+        host = exporter.address.rpartition(":")[0]
+        addresses = {a.address for found in psutil.net_if_addrs().values() for a in found}
+        assert host in addresses
         scrape(exporter)
 
 

@@ -106,3 +106,27 @@ def test_refused_episodes_are_counted_by_reason_over_all_shards():
     shards = [{**shard, "rejects/shape": 2}, {**shard, "rejects/shape": 1, "rejects/dtype": 1}]
     metrics = state.metrics(shards)
     assert (metrics["replay/rejects/shape"], metrics["replay/rejects/dtype"]) == (3, 1)
+
+
+def test_counts_of_a_restarted_shard_go_on_from_where_they_stood():
+    state, _ = make_state()
+    shard = dict.fromkeys((*SUMS, "pending_transitions"), 0)
+
+    def counted(failures, transitions):
+        metrics = state.metrics([{**shard, "log_failures": failures, "transitions": transitions}])
+        return metrics["replay/log_failures"], metrics["replay/transitions"]
+
+    assert counted(8, 100) == (8, 100)
+    assert counted(6, 90) == (8, 90)  # a shard with two failures began anew; what is stored now is no count
+    assert counted(7, 90) == (9, 90)
+    assert counted(0, 90) == (9, 90)
+    assert counted(3, 90) == (12, 90)
+
+
+def test_a_learner_that_goes_back_to_its_checkpoint_has_no_negative_rate():
+    state, clock = make_state()
+    state.add_learner_report(LearnerReport(100, 5))
+    state.metrics([])
+    clock.seconds += 1
+    state.add_learner_report(LearnerReport(40, 5))
+    assert state.metrics([])["train/learner_steps_per_second"] == 0
