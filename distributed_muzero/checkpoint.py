@@ -194,9 +194,7 @@ def best_checkpoint(folder: Path) -> Best | None:
     try:
         best = _read_best(folder)
         if best is not None:
-            path = _checkpoint_path(folder, best.step)
-            if best.weights_sha256 not in (None, _weights_sha256(path)):
-                raise CheckpointError(f"{path} holds other weights than those that were marked best")
+            _best_path(folder, best)
     except CheckpointFormatError:
         raise
     except CheckpointError as error:
@@ -213,12 +211,28 @@ def best_or_latest(folder: Path) -> Checkpoint | None:
     best = best_checkpoint(folder)
     if best is not None:
         try:
-            return read_checkpoint(_checkpoint_path(folder, best.step))
+            return read_checkpoint(_best_path(folder, best))
         except CheckpointFormatError:
             raise
         except CheckpointError as error:
             logger.warning("the best checkpoint can't be used, taking the latest: %s", error)
     return latest_checkpoint(folder)
+
+
+def _best_path(folder: Path, best: Best) -> Path:
+    """Of the checkpoint that was marked; while its step is being replaced, of what it was. Raises CheckpointError."""
+    path = _checkpoint_path(folder, best.step)
+    candidates = [path, *filter(Path.exists, [_replaced(path)])]
+    for candidate in candidates:
+        try:
+            if best.weights_sha256 in (None, _weights_sha256(candidate)):
+                return candidate
+        except CheckpointFormatError:
+            raise
+        except CheckpointError:
+            if candidate == candidates[-1]:
+                raise
+    raise CheckpointError(f"{path} holds other weights than those that were marked best")
 
 
 def _read_best(folder: Path) -> Best | None:

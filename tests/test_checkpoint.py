@@ -532,3 +532,16 @@ def test_a_busy_leftover_is_in_nobodys_way_and_goes_later(tmp_path, monkeypatch,
     monkeypatch.undo()
     write(tmp_path, 4)
     assert names(tmp_path) == ["step_00000002", "step_00000003", "step_00000004"]
+
+
+def test_the_best_is_found_while_its_step_is_being_replaced(tmp_path, caplog):
+    path = write(tmp_path, 1)[0]
+    mark_best(tmp_path, 1, 9.0)
+    kept = tmp_path / "step_00000001.replaced"
+    shutil.copytree(path, kept)
+    (path / "manifest.json").write_text("{}")  # half of the new one has arrived
+    assert best_checkpoint(tmp_path).step == 1
+    assert best_or_latest(tmp_path).path == kept and warnings_of(caplog) == []
+    (kept / "DONE").unlink()
+    assert best_checkpoint(tmp_path) is None
+    assert "best checkpoint can't be used" in warnings_of(caplog)[0]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distributed_muzero import checkpoint
-from distributed_muzero.config import Config
+from distributed_muzero.config import Config, RunConfig
 from distributed_muzero.errors import CheckpointError, RunError
 from distributed_muzero.observability.exporter import Exporter
 from distributed_muzero.observability.progress import Progress
@@ -61,10 +61,17 @@ def read_stand(folder: RunFolder, tell: Callable[[str], None]) -> Stand:
 
 def why_over(folder: RunFolder) -> str | None:
     """Which limit or goal a run has reached before it is launched again, in words; changes nothing."""
-    state = RunState(folder.config.run, time.monotonic)
-    state.restore(*read_stand(folder, lambda _: None))
-    if best := checkpoint.best_checkpoint(folder.checkpoints):
-        state.evaluation = {"mean_return": best.mean_return}
+    best = checkpoint.best_checkpoint(folder.checkpoints)
+    stand = read_stand(folder, lambda _: None)
+    return why_over_by(folder.config.run, {**stand._asdict(), "evaluation": best and best.mean_return})
+
+
+def why_over_by(limits: RunConfig, counts: Mapping[str, Any]) -> str | None:
+    """The same by what was counted, as a status names it."""
+    state = RunState(limits, time.monotonic)
+    state.restore(*(counts.get(name, 0) for name in Stand._fields))
+    if counts.get("evaluation") is not None:
+        state.evaluation = {"mean_return": counts["evaluation"]}
     return state.stop_reason()
 
 
@@ -248,8 +255,7 @@ class Bookkeeper:
     ) -> Path:
         """Writes what `Learner.state()` gave and prunes old ones."""
         step = int(state["learner_steps"])
-        began = self._last_checkpoint = self._clock()
-        self._saved_step = step
+        began, self._saved_step = self._clock(), step
         path = checkpoint.write_checkpoint(
             self.folder.checkpoints,
             step,
@@ -262,7 +268,8 @@ class Bookkeeper:
                 "config": self.config.model_dump(mode="json"),
             },
         )
-        self._checkpoint_seconds = self._clock() - began
+        self._last_checkpoint = self._clock()
+        self._checkpoint_seconds = self._last_checkpoint - began
         # The one that is being evaluated may turn out to be the best.
         keep = self.config.learner.keep_checkpoints
         checkpoint.prune_checkpoints(self.folder.checkpoints, keep, {self._evaluated_step})
@@ -323,7 +330,7 @@ class Bookkeeper:
             "restarts_by_role": dict(self._restarts),
             "undelivered_episodes": self._undelivered,
             "rejected_episodes": metrics.get("replay/rejected_episodes"),
-            "checkpoint_age_seconds": rates.get("checkpoint/age_seconds"),
+            "checkpoint_age_seconds": rates.get("checkpoint/age_seconds") if self._saved_step else None,
             "disk_free_bytes": rates.get("disk/free_bytes"),
             "seconds": round(state.seconds, 1),
             "updated": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
