@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Prometheus, and Grafana where it is installed, for the runs of one folder on this machine, until Ctrl-C:
 #   deploy/local-monitoring/start.sh [RUNS_FOLDER]
-# Both listen on 127.0.0.1 only (PROMETHEUS_PORT, GRAFANA_PORT), and keep their data in the user's state folder.
+# Both listen on 127.0.0.1 only (PROMETHEUS_PORT, GRAFANA_PORT), and keep their data in the user's state folder, in one
+# of its own for each PROMETHEUS_PORT: so several can run, each for its own runs.
 set -euo pipefail
 
 runs=${1:-${DISTRIBUTED_MUZERO_RUNS_DIR:-runs}}
 prometheus_port=${PROMETHEUS_PORT:-9090}
 grafana_port=${GRAFANA_PORT:-3000}
 deployed=$(cd "$(dirname "${BASH_SOURCE[0]}")/../monitoring" && pwd)
-state=${DISTRIBUTED_MUZERO_STATE_DIR:-${XDG_STATE_HOME:-$HOME/.local/state}/distributed_muzero}/monitoring
+state=${DISTRIBUTED_MUZERO_STATE_DIR:-${XDG_STATE_HOME:-$HOME/.local/state}/distributed_muzero}/monitoring/$prometheus_port
 
 fail() {
   echo "error: $*" >&2
@@ -34,7 +35,6 @@ lay_out() {
 }
 
 start_prometheus() {
-  check_free "$prometheus_port" PROMETHEUS_PORT
   prometheus --config.file="$state/prometheus.yml" --storage.tsdb.path="$state/prometheus" \
     --storage.tsdb.retention.time=30d --web.listen-address="127.0.0.1:$prometheus_port" \
     >"$state/prometheus.log" 2>&1 &
@@ -42,7 +42,6 @@ start_prometheus() {
 }
 
 start_grafana() {
-  check_free "$grafana_port" GRAFANA_PORT
   GF_SERVER_HTTP_ADDR=127.0.0.1 GF_SERVER_HTTP_PORT=$grafana_port \
     GF_PATHS_DATA=$state/grafana GF_PATHS_LOGS=$state/grafana GF_PATHS_PLUGINS=$state/grafana/plugins \
     GF_PATHS_PROVISIONING=$deployed/grafana/provisioning \
@@ -88,15 +87,22 @@ end_all() {
 command -v prometheus >/dev/null ||
   fail "prometheus isn't installed. Debian, Ubuntu: apt-get install prometheus, and systemctl disable --now prometheus," \
     "as its service would take the port. macOS: brew install prometheus"
+grafana=()
+if command -v grafana >/dev/null; then
+  grafana=(grafana server)
+elif command -v grafana-server >/dev/null; then
+  grafana=(grafana-server)
+fi
+# Before anything is laid out: it may be another one's that runs.
+check_free "$prometheus_port" PROMETHEUS_PORT
+[[ ${#grafana[@]} == 0 ]] || check_free "$grafana_port" GRAFANA_PORT
 lay_out
 trap end_all EXIT
 trap 'exit 0' INT TERM
 
 start_prometheus
-if command -v grafana >/dev/null; then
-  start_grafana grafana server
-elif command -v grafana-server >/dev/null; then
-  start_grafana grafana-server
+if [[ ${#grafana[@]} != 0 ]]; then
+  start_grafana "${grafana[@]}"
 else
   echo "grafana: not installed (https://grafana.com/grafana/download); Prometheus' own page shows graphs and alerts"
 fi

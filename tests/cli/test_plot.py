@@ -161,7 +161,8 @@ def test_a_run_at_a_uri_is_fetched_without_its_replay(tmp_path, monkeypatch):
         copies.push()
     plot(["far"], uri, None, None, None)
     assert png_size(Path("far.png"))[0] == 1200
-    assert not list((tmp_path / "state").glob("*/.fetched/far/replay/*"))
+    [fetched] = (tmp_path / "state").glob("*/.fetched/*/*/far")
+    assert (fetched / "metrics.jsonl").exists() and not (fetched / "replay").exists()
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,33 @@ def test_a_port_that_is_taken_is_told(tmp_path):
     assert f"port {port} of this machine is taken; choose another: PROMETHEUS_PORT=" in errors
 
 
+@needs_prometheus
+def test_a_second_start_leaves_the_first_one_as_it_is(tmp_path):
+    first = start(tmp_path, str(tmp_path / "runs"), PROMETHEUS_PORT=(port := str(free_port())))
+    try:
+        assert first.stdout is not None
+        assert any(line.startswith("watching") for line in first.stdout)
+        state = tmp_path / ".local/state/distributed_muzero/monitoring" / port
+        assert (state / "runs").readlink() == tmp_path / "runs"
+        again = start(tmp_path, str(tmp_path / "others"), PROMETHEUS_PORT=port)
+        assert f"port {port} of this machine is taken" in fails_with(again)
+        assert (state / "runs").readlink() == tmp_path / "runs" and not (tmp_path / "others").exists()
+        beside = start(tmp_path, str(tmp_path / "others"))
+        try:
+            assert beside.stdout is not None
+            assert any(line.startswith("watching") for line in beside.stdout)
+            assert (state / "runs").readlink() == tmp_path / "runs"
+        finally:
+            end(beside)
+    finally:
+        end(first)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+
+
 @pytest.fixture
 def with_stand_in(tmp_path, only_the_basics) -> Iterator[tuple[str, Path]]:
     """Debian's Prometheus, and for Grafana a program that listens and writes down what it was told."""
@@ -343,8 +370,8 @@ def with_stand_in(tmp_path, only_the_basics) -> Iterator[tuple[str, Path]]:
 
 
 @needs_prometheus
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_both_run_until_they_are_told_to_end(tmp_path, with_stand_in, end):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_both_run_until_they_are_told_to_end(tmp_path, with_stand_in, number):
     path, seen = with_stand_in
     process = start(tmp_path, str(tmp_path / "runs"), path, RAY_AUTH_TOKEN="secret")
     try:
@@ -364,11 +391,12 @@ def test_both_run_until_they_are_told_to_end(tmp_path, with_stand_in, end):
                 assert environment[variable]
         assert (Path(environment["DASHBOARDS"]) / "overview.json").is_file()
         assert environment["PROMETHEUS_URL"] == addresses[0]
-        token = tmp_path / ".local/state/distributed_muzero/monitoring/ray_token"
+        port = addresses[0].rpartition(":")[2]
+        token = tmp_path / f".local/state/distributed_muzero/monitoring/{port}/ray_token"
         assert token.read_text() == "secret" and token.stat().st_mode & 0o077 == 0
         below = descendants(process.pid)
         assert len(below) >= 2
-        process.send_signal(end)
+        process.send_signal(number)
         assert process.wait(timeout=20) == 0
         assert not [child for child in below if child.is_running()]
     finally:
