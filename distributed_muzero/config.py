@@ -7,13 +7,14 @@ impossible values fail here, with the nearest known name.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from distributed_muzero.errors import ConfigError
 
@@ -21,8 +22,16 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+# Set to 1 where environments may be code that isn't installed; --trust-env-code does so.
+TRUST_VARIABLE = "DISTRIBUTED_MUZERO_TRUST_ENV_CODE"
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _trusted_folder() -> str | None:
+    return os.getcwd() if os.environ.get(TRUST_VARIABLE) == "1" else None
 
 
 class EnvironmentConfig(Section):
@@ -30,6 +39,13 @@ class EnvironmentConfig(Section):
     kwargs: dict[str, Any] = {}  # handed to the environment's constructor
     history_length: Positive = 1  # N, observations stacked for the representation
     max_episode_steps: Positive = 10_000  # a longer game is truncated here
+    # Travels to a run's processes, but is neither read from files nor written to them: a run's folder can't ask for it.
+    _code_folder: str | None = PrivateAttr(default_factory=_trusted_folder)
+
+    @property
+    def code_folder(self) -> str | None:
+        """Where an environment may be imported from that isn't installed; None: such code isn't trusted."""
+        return self._code_folder
 
 
 class NetworkConfig(Section):

@@ -37,6 +37,7 @@ def submit(
     address: Address = None,
     preset: options.Preset = None,
     env: options.Env = None,
+    trust_env_code: options.TrustEnvCode = False,
     config: options.ConfigFile = None,
     name: options.Name = None,
     runs_dir: Annotated[
@@ -87,6 +88,8 @@ def submit(
     jobs = Jobs(address)
     may_exist = resume is options.Resume.auto
     arguments = ["--resume", resume.value, *(word for path in offline or [] for word in ("--offline", path))]
+    if trust_env_code:
+        arguments.append("--trust-env-code")
     if asks_for_shards(shards, set_):
         arguments += ["--shards", str(chosen.replay.num_shards)]  # else that of an earlier launch counts
     job_id = jobs.submit(run, chosen, arguments, package or [], runs_dir, may_exist)

@@ -1,4 +1,4 @@
-"""`config show|presets|schema` and `envs`: what can be set, and what can be trained."""
+"""`config show|presets|schema`: what can be set."""
 
 from __future__ import annotations
 
@@ -47,13 +47,3 @@ def presets() -> None:
 def schema() -> None:
     """Print the configuration's JSON schema."""
     print(json.dumps(Config.model_json_schema(), indent=2))
-
-
-def envs() -> None:
-    """List the environments that can be trained here."""
-    from distributed_muzero.environments.registry import environment_ids
-
-    for entry in environment_ids():
-        needs = f"  needs: {entry.missing}" if entry.missing else ""
-        extra = f"  with {entry.kwargs}" if entry.kwargs else ""
-        print(f"{entry.id:28} {entry.family}{extra}{needs}")

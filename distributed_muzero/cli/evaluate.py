@@ -20,6 +20,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Where the games' starts come from.")] = 10_000,
     simulations: Annotated[int | None, typer.Option(min=1, help="In place of the run's own.")] = None,
     runs_dir: options.RunsDir = options.RUNS,
+    trust_env_code: options.TrustEnvCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
 ) -> None:
     """Play games with a run's best checkpoint: greedy, without noise, in environments of its own."""

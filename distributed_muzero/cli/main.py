@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import typer
 
-from distributed_muzero.cli import bench, chaos, cluster, configs, evaluate, plot, replay, train, watch
+from distributed_muzero.cli import bench, chaos, cluster, configs, envs, evaluate, plot, replay, train, watch
 from distributed_muzero.errors import DistributedMuZeroError
 from distributed_muzero.version import __version__
 
@@ -33,7 +33,7 @@ app.command("stop")(cluster.stop)
 app.command("runs")(cluster.runs)
 app.command("evaluate")(evaluate.evaluate)
 app.command("plot")(plot.plot)
-app.command("envs")(configs.envs)
+app.add_typer(envs.app, name="envs")
 app.add_typer(configs.app, name="config")
 app.add_typer(replay.app, name="replay")
 app.command("chaos")(chaos.chaos)

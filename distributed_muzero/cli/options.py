@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from distributed_muzero.config import (
+    TRUST_VARIABLE,
     Config,
     load_file,
     load_preset,
@@ -27,13 +29,25 @@ OFFLINE: dict[str, dict[str, Any]] = {
 RUNS_DIR_VARIABLE = "DISTRIBUTED_MUZERO_RUNS_DIR"
 
 
+def trust_code(trusted: bool) -> bool:
+    """For this process and those that it starts; configs that are made from now on carry it along."""
+    if trusted:
+        os.environ[TRUST_VARIABLE] = "1"
+    return trusted
+
+
 class Resume(StrEnum):
     never = "never"
     auto = "auto"
 
 
 Preset = Annotated[str | None, typer.Option(help="A shipped preset; `config presets` lists them.")]
-Env = Annotated[str | None, typer.Option(help="An environment's id with the default config; see `envs`.")]
+Env = Annotated[
+    str | None,
+    typer.Option(
+        help="An environment's id with the default config: one of `envs`, or package.module:factory."
+    ),
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="A YAML file of config sections.")]
 Name = Annotated[str | None, typer.Option(help="The run's name; made up when absent.")]
 # No Path: it would make s3:/ of s3://.
@@ -65,6 +79,14 @@ TakeOver = Annotated[
     bool,
     typer.Option(
         "--take-over", help="Of a run at a URI: also if it seems to go on elsewhere, which ends there then."
+    ),
+]
+TrustEnvCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-env-code",
+        callback=trust_code,
+        help="Import and run environments that are given as package.module:factory. Runs don't remember it.",
     ),
 ]
 Offline = Annotated[

@@ -35,6 +35,7 @@ RELOCATED_VERSIONS = 10**6  # of the weights: more than a launch gives out betwe
 def train(
     preset: options.Preset = None,
     env: options.Env = None,
+    trust_env_code: options.TrustEnvCode = False,
     config: options.ConfigFile = None,
     name: options.Name = None,
     runs_dir: options.RunsDir = options.RUNS,
@@ -101,6 +102,7 @@ def resume(
         list[str] | None, typer.Option("--set", help="section.key=value; null lifts a limit.")
     ] = None,
     in_process: Annotated[bool, typer.Option("--in-process", help="One process, without Ray.")] = False,
+    trust_env_code: options.TrustEnvCode = False,
     take_over: options.TakeOver = False,
 ) -> None:
     """Go on with a run that ended or was killed: weights, optimizer, stored episodes and counts are as they were."""

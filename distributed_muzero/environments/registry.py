@@ -1,11 +1,13 @@
-"""From an id to an environment: own ones, installed ones (entry points), families by prefix, Gymnasium's.
+"""From an id to an environment: own ones, families by prefix, installed ones (entry points), code by its path,
+Gymnasium's.
 
-Gymnasium is imported on first use only, torch and ray never.
+Gymnasium, OpenSpiel and PettingZoo are imported on first use only, torch and ray never.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.metadata
 import importlib.util
 import re
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 from distributed_muzero.config import EnvironmentConfig
 from distributed_muzero.environments.base import Environment
 from distributed_muzero.environments.chain import make_chain
+from distributed_muzero.environments.custom import how_to_trust, is_path, make_custom
 from distributed_muzero.errors import EnvironmentFailure, UnknownEnvironmentError
 
 Factory = Callable[[EnvironmentConfig], Environment]
@@ -22,6 +25,31 @@ Factory = Callable[[EnvironmentConfig], Environment]
 ENTRY_POINTS = "distributed_muzero.environments"
 
 _factories: dict[str, Factory] = {"chain": make_chain}
+
+
+class Family(NamedTuple):
+    """Games of another package, as `prefix:game`."""
+
+    package: str  # to import
+    module: str  # with `make(config)` and `trainable_games()`, the names to list
+    command: str  # that installs the package
+    example: str
+
+
+_FAMILIES = {
+    "openspiel": Family(
+        "pyspiel",
+        "distributed_muzero.environments.open_spiel",
+        "pip install 'distributed_muzero[openspiel]'",
+        "tic_tac_toe",
+    ),
+    "pettingzoo": Family(
+        "pettingzoo",
+        "distributed_muzero.environments.pettingzoo",
+        "pip install 'distributed_muzero[pettingzoo]'",
+        "connect_four_v3",
+    ),
+}
 
 # What of Gymnasium's own can be trained: name -> (family, kwargs that it needs). A test holds this against
 # the spaces; making all of them here to look would take seconds.
@@ -60,7 +88,7 @@ def register_environment(name: str, factory: Factory) -> None:
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise EnvironmentFailure(f"environment name {name!r}: expected letters, digits and _ . - only")
-    if _factories.get(name, factory) is not factory:
+    if name in _FAMILIES or _factories.get(name, factory) is not factory:
         raise EnvironmentFailure(f"environment {name!r} is registered already; choose another name")
     _factories[name] = factory
 
@@ -75,9 +103,12 @@ def make_environment(config: EnvironmentConfig) -> Environment:
     factory = _factories.get(prefix) or _installed_factory(prefix)
     if factory is not None:
         return factory(config)
+    if prefix in _FAMILIES:
+        return _load_family(config.id, prefix).make(config)
+    if is_path(config.id) and config.code_folder is not None:
+        return make_custom(config)
     if colon:  # Gymnasium would import a module of that name
-        known = ", ".join(_own_names())
-        raise UnknownEnvironmentError(f"{config.id}: no family {prefix!r}. Families here: {known}")
+        raise UnknownEnvironmentError(_no_family(config.id, prefix))
     from distributed_muzero.environments.gymnasium import make_gymnasium
 
     _check_registered(config.id)
@@ -93,6 +124,7 @@ def environment_ids() -> list[EnvironmentEntry]:
     for name, (family, kwargs) in _GYMNASIUM.items():
         newest = _versions(name)[-1:]
         entries += [EnvironmentEntry(id, family, kwargs, _missing(family)) for id in newest]
+    entries += [entry for prefix in _FAMILIES for entry in _games_of(prefix)]
     for spec in gymnasium.registry.values():
         if not _is_gymnasiums_own(spec) and spec.namespace != "ALE":
             entries.append(EnvironmentEntry(spec.id, spec.namespace or "registered", {}, None))
@@ -102,6 +134,33 @@ def environment_ids() -> list[EnvironmentEntry]:
 def _own_names() -> list[str]:
     installed = {entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
     return sorted(installed | set(_factories))
+
+
+def _load_family(id: str, prefix: str) -> Any:
+    family = _FAMILIES[prefix]
+    if importlib.util.find_spec(family.package) is None:
+        raise UnknownEnvironmentError(f"{id} needs the package {family.package}: {family.command}")
+    try:
+        return importlib.import_module(family.module)
+    except ImportError as error:
+        raise UnknownEnvironmentError(f"{id} can't be made: {error}. To play it: {family.command}") from error
+
+
+def _games_of(prefix: str) -> list[EnvironmentEntry]:
+    """Those of a family with their default parameters; one that stands for all where its package is missing."""
+    family = _FAMILIES[prefix]
+    if importlib.util.find_spec(family.package) is None:
+        return [EnvironmentEntry(f"{prefix}:{family.example}", prefix, {}, family.command)]
+    names = _load_family(prefix, prefix).trainable_games()
+    return [EnvironmentEntry(f"{prefix}:{name}", prefix, {}, None) for name in names]
+
+
+def _no_family(id: str, prefix: str) -> str:
+    families = sorted({*_own_names(), *_FAMILIES})
+    close = difflib.get_close_matches(prefix.lower(), families, n=1, cutoff=0.6)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    message = f"{id}: no family {prefix!r}{hint}. Families here: {', '.join(families)}"
+    return f"{message}. {how_to_trust(id)}" if is_path(id) else message
 
 
 def _installed_factory(name: str) -> Factory | None:
@@ -143,7 +202,11 @@ def _without_version(id: str) -> str:
 
 
 def _known() -> str:
-    return ", ".join(entry.id for entry in environment_ids())
+    """What there is in one line: families by an example, as they are long."""
+    ids = [entry.id for entry in environment_ids() if entry.family not in _FAMILIES]
+    return ", ".join(
+        [*ids, *(f"{prefix}:{family.example} and others" for prefix, family in _FAMILIES.items())]
+    )
 
 
 def _suggest(name: str) -> str:

@@ -21,14 +21,17 @@ def make(id, **kwargs):
     return make_environment(EnvironmentConfig(id=id, **kwargs))
 
 
-def test_importing_the_registry_imports_no_torch_ray_or_gymnasium():
+def test_importing_the_registry_imports_none_of_the_packages_behind_it():
     code = "import sys, distributed_muzero.environments.registry as _; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"torch", "ray", "gymnasium"} & set(result.stdout.split())
+    heavy = {"torch", "ray", "gymnasium", "pyspiel", "pettingzoo"}
+    assert not heavy & set(result.stdout.split())
 
 
 def test_everything_listed_can_be_made_and_starts():
     for entry in environment_ids():
+        if entry.missing:
+            continue
         environment = make(entry.id, kwargs=entry.kwargs)
         observation = environment.initial_state(seed=1)
         assert observation.shape == environment.spec.observation_shape, entry
@@ -62,8 +65,9 @@ def test_chain_is_made_with_its_kwargs():
         ("LunarLander-v2", "out of date; use LunarLander-v3"),
         ("CartPole-v99", "no such version.*use CartPole-v1"),
         ("ALE/Pong-v5", "Atari games can't be trained yet"),
-        ("openspiel:tic_tac_toe", "no family 'openspiel'. Families here: .*chain"),
-        ("os:system", "no family 'os'"),
+        ("openspeil:tic_tac_toe", r"no family 'openspeil' \(did you mean 'openspiel'\?\)"),
+        ("petingzoo:go_v5", "did you mean 'pettingzoo'.*Families here: .*chain.*, openspiel, pettingzoo"),
+        ("os:system", "no family 'os'.*imports the module os and calls its system.*--trust-env-code"),
         ("", "no environment ''"),
         ("minigrid/Empty-v0", "no environment 'minigrid/Empty-v0'"),
     ],
@@ -93,6 +97,25 @@ def test_listing_says_what_is_missing(monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("package", "id", "extra"),
+    [
+        ("pyspiel", "openspiel:tic_tac_toe", "openspiel"),
+        ("pettingzoo", "pettingzoo:connect_four_v3", "pettingzoo"),
+    ],
+)
+def test_a_family_without_its_package_names_the_command(monkeypatch, package, id, extra):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == package else find_spec(name)
+    )
+    command = f"pip install 'distributed_muzero[{extra}]'"
+    assert {entry.id: entry.missing for entry in environment_ids()}[id] == command
+    with pytest.raises(UnknownEnvironmentError) as caught:
+        make(id)
+    assert command in str(caught.value)
+
+
 def test_registered_factory_gets_the_whole_section_also_for_its_prefix(own_factories):
     seen = []
 
@@ -109,7 +132,7 @@ def test_registered_factory_gets_the_whole_section_also_for_its_prefix(own_facto
     assert "boards" in [entry.id for entry in environment_ids()]
 
 
-@pytest.mark.parametrize("name", ["chain", "with:colon", "", "../up"])
+@pytest.mark.parametrize("name", ["chain", "openspiel", "with:colon", "", "../up"])
 def test_taken_and_odd_names_are_refused(own_factories, name):
     with pytest.raises(EnvironmentFailure, match=r"registered already|expected letters"):
         register_environment(name, lambda config: ChainEnvironment())
