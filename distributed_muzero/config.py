@@ -70,14 +70,29 @@ class AlgorithmConfig(Section):
 
 
 class SearchConfig(Section):
+    # PUCT at every node and visits as the policy; or Gumbel MuZero: sequential halving at the root, an improved policy
+    policy: Literal["muzero", "gumbel"] = "muzero"
     num_simulations: Positive = 50
+    max_depth: Positive | None = None  # edges from root to leaf; none = num_simulations
+
+    # policy=muzero only
     q_normalization: Literal["parent_and_siblings", "tree_min_max", "min_max"] = "parent_and_siblings"
     min_max_bounds: tuple[float, float] = (-1.0, 1.0)  # used by q_normalization=min_max only
-    max_depth: Positive | None = None  # edges from root to leaf; none = num_simulations
     pb_c_init: Annotated[float, Field(ge=0)] = 1.25
     pb_c_base: Annotated[float, Field(gt=0)] = 19652.0
     dirichlet_alpha: Annotated[float, Field(gt=0)] = 0.3
     dirichlet_fraction: Fraction = 0.25  # share of noise in the root's prior; 0 in evaluation
+
+    # policy=gumbel only; it chooses the action itself, so that actor.temperatures says nothing there
+    # actions that sequential halving begins with; fewer where fewer are legal
+    max_num_considered_actions: Positive = 16
+    gumbel_scale: Annotated[float, Field(ge=0)] = 1.0  # of the noise that chooses them; 0 in evaluation
+    # a value's weight against the prior's logits: (maxvisit_init + most visits of an action) · value_scale
+    value_scale: Annotated[float, Field(gt=0)] = 0.1
+    maxvisit_init: Annotated[float, Field(ge=0)] = 50.0
+    rescale_values: bool = True  # to 0 … 1 within each node; off for values that lie so by themselves
+    # an unvisited action is worth a mean of the network's and its siblings' values; off = the network's alone
+    use_mixed_value: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> SearchConfig:

@@ -16,15 +16,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distributed_muzero.config import SearchConfig
-from distributed_muzero.search import Expansion, Tree, muzero_search
-from distributed_muzero.types import SearchResult
+from distributed_muzero.search import Expansion, gumbel_search, muzero_search
 
 TOLERANCE = 1e-4
 MIN_MAX_BOUNDS = (-3.0, 3.0)  # what the cases with q normalisation min_max were made with
+GUMBEL_TRANSFORMS: dict[str, dict[str, Any]] = {
+    "completed_by_mix_value": {},
+    "completed_by_mix_value_norescale": {"value_scale": 1.0, "maxvisit_init": 1.0, "rescale_values": False},
+    "completed_by_raw_value": {"use_mixed_value": False},
+}
 
 
 class CannotCheck(Exception):
-    """No folder, no cases, or a policy that the search doesn't have."""
+    """No folder or no cases."""
 
 
 class Check(NamedTuple):
@@ -59,10 +63,6 @@ class TableModel:
 
 def check_folder(folder: Path, policy: str = "muzero") -> list[Check]:
     """Every search of every case. Raises CannotCheck."""
-    if policy != "muzero":
-        raise CannotCheck(
-            f"policy {policy!r}: this version has no such search yet; only muzero can be checked"
-        )
     if not folder.is_dir():
         raise CannotCheck(f"{folder} is not a folder; expected one with files case_*.npz")
     paths = sorted(folder.glob("case_*.npz"))
@@ -76,9 +76,8 @@ def check_case(path: Path, policy: str = "muzero") -> Iterator[Check]:
         case = dict(arrays)
     meta = json.loads(str(case["meta"]))
     for num_simulations in meta["sims"]:
-        result, tree, states = _search(case, meta, num_simulations)
         differences, worst = [], 0.0
-        for name, ours in _comparable(result, tree, states).items():
+        for name, ours in _search(case, meta, policy, num_simulations).items():
             expected = case[f"{policy}_{num_simulations}_{name}"]
             error = float(np.abs(ours - expected).max())
             exact = np.issubdtype(expected.dtype, np.integer)
@@ -88,43 +87,55 @@ def check_case(path: Path, policy: str = "muzero") -> Iterator[Check]:
         yield Check(path.stem, num_simulations, differences, worst)
 
 
-def _search(case: dict, meta: dict[str, Any], num_simulations: int) -> tuple[SearchResult, Tree, np.ndarray]:
-    config = SearchConfig(
+def _search(
+    case: dict[str, np.ndarray], meta: dict[str, Any], policy: str, num_simulations: int
+) -> dict[str, np.ndarray]:
+    """Our search of the case: its arrays by the names that the case's own have."""
+    model = TableModel(case, num_simulations + 1)
+    roots = case["root_logits"], case["root_value"], case["invalid_actions"] == 0
+    options: dict[str, Any] = {
+        "discount": meta["discount"],
+        "rng": np.random.default_rng(0),
+        "num_simulations": num_simulations,
+        "dtype": np.float64,
+    }
+    arrays = {"node_state": model.states}
+    if policy == "gumbel":
+        options["root_gumbel"] = case[f"gumbel_{num_simulations}_root_gumbel"]
+        config = _gumbel_config(meta)
+        result, tree, arrays["action"] = gumbel_search(*roots, model.expand, config, **options)
+    else:
+        result, tree = muzero_search(*roots, model.expand, _muzero_config(meta), noise=False, **options)
+    of_tree = (
+        "node_visits node_values raw_values parents action_from_parent "
+        "children_index children_visits children_values children_rewards children_discounts"
+    )
+    return arrays | {
+        "visit_counts": result.visit_counts,
+        "root_search_value": result.root_values,
+        "qvalues": result.qvalues,
+        "action_weights": result.action_weights,
+        **{name: getattr(tree, name) for name in of_tree.split()},
+    }
+
+
+def _muzero_config(meta: dict[str, Any]) -> SearchConfig:
+    return SearchConfig(
         q_normalization=meta["muzero_qtransform"],
         min_max_bounds=MIN_MAX_BOUNDS,
         max_depth=meta["max_depth"],
         pb_c_init=meta["pb_c_init"],
         pb_c_base=meta["pb_c_base"],
     )
-    model = TableModel(case, num_simulations + 1)
-    result, tree = muzero_search(
-        case["root_logits"],
-        case["root_value"],
-        case["invalid_actions"] == 0,
-        model.expand,
-        config,
-        discount=meta["discount"],
-        rng=np.random.default_rng(0),
-        noise=False,
-        num_simulations=num_simulations,
-        dtype=np.float64,
-    )
-    return result, tree, model.states
 
 
-def _comparable(result: SearchResult, tree: Tree, states: np.ndarray) -> dict[str, np.ndarray]:
-    of_tree = (
-        "node_visits node_values raw_values parents action_from_parent "
-        "children_index children_visits children_values children_rewards children_discounts"
+def _gumbel_config(meta: dict[str, Any]) -> SearchConfig:
+    return SearchConfig(
+        policy="gumbel",
+        max_depth=meta["max_depth"],
+        max_num_considered_actions=meta["max_num_considered_actions"],
+        **GUMBEL_TRANSFORMS[meta["gumbel_qtransform"]],
     )
-    return {
-        "visit_counts": result.visit_counts,
-        "root_search_value": result.root_values,
-        "qvalues": result.qvalues,
-        "action_weights": result.action_weights,
-        "node_state": states,
-        **{name: getattr(tree, name) for name in of_tree.split()},
-    }
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distributed_muzero.algorithm.planning import DEFAULT_DISCOUNT, as_array, legal_mask, plan_batch
+from distributed_muzero.algorithm.planning import DEFAULT_DISCOUNT, as_array, legal_mask, plan_and_decide
 from distributed_muzero.config import SearchConfig
 from distributed_muzero.errors import ContractError, NonFiniteError
 from distributed_muzero.networks.base import as_networks
@@ -37,7 +37,8 @@ def acting(
 
     env: initial_state() -> state, step(action) -> (reward, state, is_terminal), mask() -> [*A]; optionally to_play()
     and truncated (decision 10). temperature chooses the action from the visits; π in a step is untempered
-    (decision 9). rng: absent, a freshly seeded generator. A game longer than `max_steps` is cut there.
+    (decision 9). With search.policy "gumbel" the search chooses, and temperature has no say (decision 21).
+    rng: absent, a freshly seeded generator. A game longer than `max_steps` is cut there.
     """
     rng = rng if rng is not None else np.random.default_rng()
     model = make_search_model(as_networks(h, g_r, g_s, f_v, f_p))
@@ -169,6 +170,7 @@ def act(
 ) -> float:
     """One step of every game, through one batched search. Temperature 0 plays the most visited action.
 
+    With the policy "gumbel" the search decides for the action, whatever the temperature (decision 21).
     Returns the seconds that the search took.
     """
     legal = np.stack([game.read_mask() for game in games])
@@ -176,7 +178,7 @@ def act(
     signed_discount = -discount if games[0].alternates else discount
     began = time.perf_counter()
     try:
-        result = plan_batch(
+        result, actions = plan_and_decide(
             model,
             observations,
             legal,
@@ -190,7 +192,8 @@ def act(
         at = ", ".join(f"{row}: {len(game.actions)}, {game.seed}" for row, game in enumerate(games))
         raise NonFiniteError(f"{error} (row: step, seed of its game = {at})") from None
     seconds = time.perf_counter() - began
-    actions = choose_actions(result.visit_counts, temperature, rng)
+    if actions is None:
+        actions = choose_actions(result.visit_counts, temperature, rng)
     for row, game in enumerate(games):
         game.play(legal[row], result.action_weights[row], int(actions[row]), float(result.root_values[row]))
     return seconds

@@ -13,7 +13,7 @@ from distributed_muzero.config import SearchConfig
 from distributed_muzero.errors import ContractError, NonFiniteError
 from distributed_muzero.networks.base import as_networks
 from distributed_muzero.networks.inference import SearchModel, make_search_model
-from distributed_muzero.search.policies import muzero_search
+from distributed_muzero.search.policies import gumbel_search, muzero_search
 from distributed_muzero.types import SearchResult
 
 DEFAULT_DISCOUNT = 0.99
@@ -37,6 +37,7 @@ def planning(
 
     π_t has the mask's shape, sums to 1, and is exactly 0 where the mask is (decisions 1, 7, 8, 9).
     discount: negative where players alternate. noise: exploration noise at the root, drawn from `rng`.
+    search: with policy "gumbel", π_t is the improved policy (decision 21).
     Raises ContractError for a mask without a legal action or wrong shapes, NonFiniteError for NaN from a network.
     """
     mask_array = as_array(mask)
@@ -70,6 +71,30 @@ def plan_batch(
     num_simulations: int | None = None,
 ) -> SearchResult:
     """The batched search that actors, evaluator and planning() share: observations [B, N, *O], masks [B, A] bool."""
+    return plan_and_decide(
+        model,
+        observations,
+        legal_masks,
+        config,
+        discount,
+        rng=rng,
+        noise=noise,
+        num_simulations=num_simulations,
+    )[0]
+
+
+def plan_and_decide(
+    model: SearchModel,
+    observations: np.ndarray,
+    legal_masks: np.ndarray,
+    config: SearchConfig,
+    discount: float,
+    *,
+    rng: np.random.Generator | None,
+    noise: bool,
+    num_simulations: int | None = None,
+) -> tuple[SearchResult, np.ndarray | None]:
+    """`plan_batch`, and the action [B] to play if the search policy decides for one, as Gumbel MuZero's does."""
     if noise and rng is None:
         raise ContractError(
             "noise=True needs rng, a numpy.random.Generator, so that the search can be repeated"
@@ -82,18 +107,17 @@ def plan_batch(
         raise ContractError(
             f"the policy network gives logits of shape {root_logits.shape} for masks of shape {legal_masks.shape}"
         )
+    roots = root_logits, root_values, legal_masks, model.expand, config
+    rng = rng if rng is not None else np.random.default_rng(0)
+    if config.policy == "gumbel":
+        result, _, actions = gumbel_search(
+            *roots, discount=discount, rng=rng, noise=noise, num_simulations=num_simulations
+        )
+        return result, actions
     result, _ = muzero_search(
-        root_logits,
-        root_values,
-        legal_masks,
-        model.expand,
-        config,
-        discount=discount,
-        rng=rng if rng is not None else np.random.default_rng(0),
-        noise=noise,
-        num_simulations=num_simulations,
+        *roots, discount=discount, rng=rng, noise=noise, num_simulations=num_simulations
     )
-    return result
+    return result, None
 
 
 def as_array(x: Any) -> np.ndarray:

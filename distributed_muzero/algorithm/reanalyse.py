@@ -31,7 +31,8 @@ def refresh(
     once. ν_T is 0 if the game terminated, else the network's value of the final observation.
     discount: negative where players alternate.  num_simulations: in place of the search's own.
     noise: at the root, as for actors.  rng: for it. PUCT without noise follows from the weights alone, and never tries
-    an action whose prior has become small: a policy may stay wrong for ever.
+    an action whose prior has become small: a policy may stay wrong for ever. Gumbel MuZero without noise still tries
+    the actions that it considers, always the same ones.
     Raises NonFiniteError for NaN or Inf from the network, naming a step of an episode.
     """
     if not episodes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,10 +24,14 @@ Weights = dict[str, list[tuple[jax.Array, jax.Array]]]
 def make_mctx_search(
     networks: MLP, config: SearchConfig, discount: float
 ) -> Callable[[np.ndarray, int], jax.Array]:
-    """A compiled function (observations [B, 1, O], seed) -> visit distributions [B, A], root noise on."""
+    """A compiled function (observations [B, 1, O], seed) -> policies [B, A] of config.policy, root noise on."""
     weights = copy_weights(networks)
     support = jnp.linspace(networks.value_head.low, networks.value_head.high, networks.value_head.size)
     num_actions = networks.num_actions
+    if config.policy == "gumbel":
+        plan = partial(mctx.gumbel_muzero_policy, **_gumbel_options(config))
+    else:
+        plan = partial(mctx.muzero_policy, **_muzero_options(config))
 
     def recurrent(weights: Weights, _: jax.Array, actions: jax.Array, embeddings: jax.Array) -> Any:
         rewards, values, logits, after = recurrent_inference(
@@ -40,20 +45,33 @@ def make_mctx_search(
     @jax.jit
     def search(weights: Weights, observations: jax.Array, key: jax.Array) -> jax.Array:
         values, logits, embeddings = initial_inference(weights, support, observations)
-        answer = mctx.muzero_policy(
-            weights,
-            key,
-            mctx.RootFnOutput(prior_logits=logits, value=values, embedding=embeddings),
-            recurrent,
-            config.num_simulations,
-            dirichlet_fraction=config.dirichlet_fraction,
-            dirichlet_alpha=config.dirichlet_alpha,
-            pb_c_init=config.pb_c_init,
-            pb_c_base=config.pb_c_base,
-        )
-        return answer.action_weights
+        root = mctx.RootFnOutput(prior_logits=logits, value=values, embedding=embeddings)
+        return plan(weights, key, root, recurrent, config.num_simulations).action_weights
 
     return lambda observations, seed: search(weights, observations, jax.random.key(seed)).block_until_ready()
+
+
+def _muzero_options(config: SearchConfig) -> dict[str, Any]:
+    return {
+        "dirichlet_fraction": config.dirichlet_fraction,
+        "dirichlet_alpha": config.dirichlet_alpha,
+        "pb_c_init": config.pb_c_init,
+        "pb_c_base": config.pb_c_base,
+    }
+
+
+def _gumbel_options(config: SearchConfig) -> dict[str, Any]:
+    return {
+        "max_num_considered_actions": config.max_num_considered_actions,
+        "gumbel_scale": config.gumbel_scale,
+        "qtransform": partial(
+            mctx.qtransform_completed_by_mix_value,
+            value_scale=config.value_scale,
+            maxvisit_init=config.maxvisit_init,
+            rescale_values=config.rescale_values,
+            use_mixed_value=config.use_mixed_value,
+        ),
+    }
 
 
 def copy_weights(networks: MLP) -> Weights:

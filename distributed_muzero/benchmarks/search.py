@@ -1,4 +1,4 @@
-"""Simulations per second of the search on E64: alone, without its network, and against mctx.
+"""Simulations per second of a search policy on E64: alone, without its network, and against mctx.
 
 Everything runs in one fresh process, bound to one core and to one thread of each library before any of them starts
 (numpy's BLAS, XLA). Both sides plan for the same observations with the same weights, root noise on. Their runs take
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +31,7 @@ def run(
     against_mctx: bool = False,
     repeats: int = 7,
     seconds: float = 0.15,
+    policy: str = "muzero",
 ) -> dict[str, Any]:
     """Measures in a process of its own. `seconds`: how long one turn of one side lasts, at least.
 
@@ -39,12 +40,14 @@ def run(
     """
     if not batches or min(batches) < 1:
         raise ConfigError(f"batch sizes {list(batches)}: expected one or more numbers above 0")
+    if policy not in ("muzero", "gumbel"):
+        raise ConfigError(f"policy {policy!r}: expected muzero or gumbel")
     if against_mctx and not all(importlib.util.find_spec(name) for name in ("mctx", "jax")):
         raise ConfigError(
             "mctx and jax aren't installed; get them with: pip install 'distributed_muzero[bench]'"
         )
     order = {"batches": list(batches), "simulations": simulations, "against_mctx": against_mctx}
-    order |= {"repeats": repeats, "seconds": seconds}
+    order |= {"repeats": repeats, "seconds": seconds, "policy": policy}
     return run_on_one_thread(__name__, order)
 
 
@@ -67,12 +70,17 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
 
 
 def bench_search(
-    batches: Sequence[int], simulations: int, against_mctx: bool, repeats: int, seconds: float
+    batches: Sequence[int],
+    simulations: int,
+    against_mctx: bool,
+    repeats: int,
+    seconds: float,
+    policy: Literal["muzero", "gumbel"],
 ) -> dict[str, Any]:
     """The measurement itself, on whatever threads this process has; `run` gives it one."""
     rows = []
     for batch in batches:
-        sides = _make_sides(batch, simulations, against_mctx)
+        sides = _make_sides(batch, simulations, against_mctx, policy)
         turns: dict[str, list[float]] = {name: [] for name in sides}
         for side in sides.values():
             side()  # compiles, allocates
@@ -83,7 +91,7 @@ def bench_search(
         rows.append(
             {
                 "batch": batch,
-                "policy": "muzero",
+                "policy": policy,
                 "sims_per_second": speeds["search"],
                 "tree_sims_per_second": speeds["tree"],
                 "mctx_sims_per_second": speeds["mctx"],
@@ -93,7 +101,9 @@ def bench_search(
     return {"network": "E64", "simulations": simulations, "threads": 1, "rows": rows}
 
 
-def _make_sides(batch: int, simulations: int, against_mctx: bool) -> dict[str, Callable[[], Any]]:
+def _make_sides(
+    batch: int, simulations: int, against_mctx: bool, policy: Literal["muzero", "gumbel"]
+) -> dict[str, Callable[[], Any]]:
     """Functions that plan once for `batch` roots each. The search and the tree alone grow the same trees."""
     import numpy as np
 
@@ -102,7 +112,7 @@ def _make_sides(batch: int, simulations: int, against_mctx: bool) -> dict[str, C
     from distributed_muzero.config import SearchConfig
     from distributed_muzero.networks.inference import make_search_model
 
-    config = SearchConfig(num_simulations=simulations)
+    config = SearchConfig(policy=policy, num_simulations=simulations)
     networks, observations = make_e64(), make_observations(batch)
     model = make_search_model(networks)
     legal_masks = np.ones((batch, networks.num_actions), bool)

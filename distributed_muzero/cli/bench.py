@@ -27,6 +27,7 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
 def search(
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,64,256",
     simulations: Annotated[int, typer.Option(min=1, help="Simulations a search.")] = 50,
+    policy: Annotated[str, typer.Option(help="muzero or gumbel.")] = "muzero",
     against: Annotated[str | None, typer.Option(help="Also run this one on the same network: mctx.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
 ) -> None:
@@ -36,7 +37,7 @@ def search(
     sizes = numbers("--batches", batches)
     from distributed_muzero.benchmarks.search import print_table, run
 
-    result = run(batches=sizes, simulations=simulations, against_mctx=against == "mctx")
+    result = run(batches=sizes, simulations=simulations, against_mctx=against == "mctx", policy=policy)
     if as_json:
         print(json.dumps(result))
     else:

@@ -9,7 +9,7 @@ from numpy.typing import DTypeLike
 
 from distributed_muzero.config import SearchConfig
 from distributed_muzero.errors import ContractError
-from distributed_muzero.search import puct
+from distributed_muzero.search import gumbel, puct
 from distributed_muzero.search.root import NO_NOISE, dirichlet_logits, plant_roots
 from distributed_muzero.search.simulate import Expand, make_step, run_simulations
 from distributed_muzero.search.tree import ROOT, Tree, make_tree
@@ -38,18 +38,8 @@ def muzero_search(
     num_simulations: in place of the config's.  dtype: of all numbers in the tree.
     Raises ContractError and NonFiniteError, naming the row and the simulation.
     """
-    root_logits, root_values = (
-        np.array(root_logits, dtype, order="C"),
-        np.array(root_values, dtype, order="C"),
-    )
-    if root_logits.ndim != 2 or root_logits.size == 0:
-        raise ContractError(f"root_logits has shape {root_logits.shape}; expected [B, A], neither of them 0")
     num_simulations = config.num_simulations if num_simulations is None else num_simulations
-    if num_simulations < 1:
-        raise ContractError(f"num_simulations is {num_simulations}; expected at least 1")
-    batch, num_actions = root_logits.shape
-
-    tree = make_tree(batch, num_actions, num_simulations, dtype)
+    tree, root_logits, root_values = _make_roots(root_logits, root_values, num_simulations, dtype)
     fraction = config.dirichlet_fraction if noise else 0.0
     drawn = dirichlet_logits(root_logits.shape, config.dirichlet_alpha, rng) if fraction > 0 else NO_NOISE
     plant_roots(tree, root_logits, root_values, np.array(legal_mask, order="C"), drawn, fraction)
@@ -60,9 +50,55 @@ def muzero_search(
         expand,
         discount=discount,
         max_depth=config.max_depth,
-        q_bounds=_first_bounds(config, batch, dtype),
+        q_bounds=_first_bounds(config, len(root_logits), dtype),
     )
     return summarize(tree), tree
+
+
+def gumbel_search(
+    root_logits: np.ndarray,
+    root_values: np.ndarray,
+    legal_mask: np.ndarray,
+    expand: Expand,
+    config: SearchConfig,
+    *,
+    discount: float,
+    rng: np.random.Generator,
+    noise: bool = True,
+    num_simulations: int | None = None,
+    root_gumbel: np.ndarray | None = None,
+    dtype: DTypeLike = np.float32,
+) -> tuple[SearchResult, Tree, np.ndarray]:
+    """Gumbel MuZero's search (search/gumbel.py): as `muzero_search`, but for what follows.
+
+    noise: Gumbel noise [B, A], times config.gumbel_scale, decides with the prior and the values which actions the
+    root considers, and which it takes; switch it off in evaluation.  root_gumbel: that noise, in place of a draw.
+    Returns also the action [B] that the search decided for: it is to be played. action_weights is the improved policy,
+    an actor's target: what the values make of the prior, without the noise.
+    """
+    num_simulations = config.num_simulations if num_simulations is None else num_simulations
+    tree, root_logits, root_values = _make_roots(root_logits, root_values, num_simulations, dtype)
+    legal_mask = np.array(legal_mask, order="C")
+    plant_roots(tree, root_logits, root_values, legal_mask)
+    if root_gumbel is None:
+        scale = config.gumbel_scale if noise else 0.0
+        root_gumbel = scale * rng.gumbel(size=root_logits.shape) if scale > 0 else np.zeros(root_logits.shape)
+    elif np.shape(root_gumbel) != root_logits.shape:
+        raise ContractError(f"root_gumbel has shape {np.shape(root_gumbel)}; expected {root_logits.shape}")
+    settings = gumbel.make_settings(root_logits, legal_mask, root_gumbel, num_simulations, config)
+    run_simulations(
+        tree,
+        _gumbel_step(),
+        settings,
+        expand,
+        discount=discount,
+        max_depth=config.max_depth,
+        q_bounds=np.zeros((len(root_logits), 2), dtype),
+    )
+    action_weights = np.empty_like(root_logits)
+    actions = np.empty(len(root_logits), np.int64)
+    gumbel.write_answers(*tree, settings, action_weights, actions)
+    return summarize(tree)._replace(action_weights=action_weights), tree, actions
 
 
 def summarize(tree: Tree) -> SearchResult:
@@ -71,6 +107,19 @@ def summarize(tree: Tree) -> SearchResult:
     values = tree.node_values[:, ROOT].copy()
     weights = visit_counts / visit_counts.sum(axis=1, keepdims=True)
     return SearchResult(weights.astype(values.dtype), values, visit_counts, tree.qvalues[:, ROOT].copy())
+
+
+def _make_roots(
+    root_logits: np.ndarray, root_values: np.ndarray, num_simulations: int, dtype: DTypeLike
+) -> tuple[Tree, np.ndarray, np.ndarray]:
+    """An empty tree for these roots, and their own copies of logits [B, A] and values [B]."""
+    logits, values = np.array(root_logits, dtype, order="C"), np.array(root_values, dtype, order="C")
+    if logits.ndim != 2 or logits.size == 0:
+        raise ContractError(f"root_logits has shape {logits.shape}; expected [B, A], neither of them 0")
+    if num_simulations < 1:
+        raise ContractError(f"num_simulations is {num_simulations}; expected at least 1")
+    batch, num_actions = logits.shape
+    return make_tree(batch, num_actions, num_simulations, dtype), logits, values
 
 
 def _first_bounds(config: SearchConfig, batch: int, dtype: DTypeLike) -> np.ndarray:
@@ -88,3 +137,8 @@ def _muzero_step(q_normalization: str):
     if q_normalization == "parent_and_siblings":
         return make_step(puct.select_parent_and_siblings, track_bounds=False)
     return make_step(puct.select_between_bounds, track_bounds=q_normalization == "tree_min_max")
+
+
+@lru_cache
+def _gumbel_step():
+    return make_step(gumbel.select_interior, select_root=gumbel.select_root, track_bounds=False)

@@ -47,13 +47,15 @@ def _sources_digest() -> int:
 _SOURCES_DIGEST = _sources_digest()
 
 
-def make_step(select: Select, *, track_bounds: bool) -> Callable[..., int]:
+def make_step(select: Select, *, select_root: Select | None = None, track_bounds: bool) -> Callable[..., int]:
     """Compiles the one call that a simulation costs: back up simulation i − 1, descend for simulation i.
 
+    select_root: the root's own rule, where it has one.
     `select` is a plain function marked `register_jitable`, not a compiled one: numba pickles it by name, which
     keeps the cache on disk valid in the next process.
     """
     digest = _SOURCES_DIGEST
+    select_first = select if select_root is None else select_root
 
     @numba.njit(cache=True, nogil=True)
     def step(
@@ -72,7 +74,7 @@ def make_step(select: Select, *, track_bounds: bool) -> Callable[..., int]:
                     return row
             if made < num_nodes:
                 node, depth = ROOT, 1
-                action = select(nodes, edges, q_bounds, settings, row, node)
+                action = select_first(nodes, edges, q_bounds, settings, row, node)
                 child = edges[row, node, action].child
                 while child != NONE and depth < max_depth:
                     node, depth = child, depth + 1

@@ -24,11 +24,12 @@ class Answer(NamedTuple):
 
 
 Model = Callable[[int, int], Answer]  # (state, action) → Answer
+Select = Callable[["Search", "Node"], int]
 
 
 class Settings(NamedTuple):
     num_simulations: int
-    q_normalization: str
+    q_normalization: str = "parent_and_siblings"
     min_max_bounds: tuple[float, float] = (-1.0, 1.0)
     max_depth: int | None = None
     pb_c_init: float = 1.25
@@ -69,6 +70,7 @@ class Search:
     nodes: list[Node]
     legal: Sequence[bool]
     settings: Settings
+    select: Select
     margin: float = math.inf
     lowest: float = math.inf  # of all edge values written by any backup
     highest: float = -math.inf
@@ -85,9 +87,11 @@ def search_one(
     legal: Sequence[bool],
     model: Model,
     settings: Settings,
+    select: Select | None = None,
 ) -> Search:
+    """`select` says which action to follow from a node; MuZero's PUCT if it is left out."""
     root = Node(0, root_state, root_value, root_priors, total=root_value)
-    search = Search([root], legal, settings)
+    search = Search([root], legal, settings, select or select_puct)
     for simulation in range(settings.num_simulations):
         path = _descend(search)
         leaf = _expand(search, *path[-1], model, simulation + 1)
@@ -100,21 +104,27 @@ def _descend(search: Search) -> list[tuple[Node, int]]:
     longest = search.settings.max_depth or search.settings.num_simulations
     node, path = search.root, []
     while True:
-        action = _select(search, node)
+        action = search.select(search, node)
         path.append((node, action))
         if action not in node.edges or len(path) == longest:
             return path
         node = node.edges[action].child
 
 
-def _select(search: Search, node: Node) -> int:
+def select_puct(search: Search, node: Node) -> int:
     allowed = [a for a in range(len(node.priors)) if node is not search.root or search.legal[a]]
-    scores = {a: _normalized(search, node, a) + _bonus(search.settings, node, a) for a in allowed}
+    return best_of(
+        search, {a: _normalized(search, node, a) + _bonus(search.settings, node, a) for a in allowed}
+    )
+
+
+def best_of(search: Search, scores: dict[int, float]) -> int:
+    """The first action of the best score, actions in rising order; notes how close it was."""
     best = max(scores.values())
     for score in scores.values():
         if score != best:
             search.margin = min(search.margin, best - score)
-    return next(a for a in allowed if scores[a] == best)
+    return next(action for action, score in scores.items() if score == best)
 
 
 def _bonus(settings: Settings, node: Node, action: int) -> float:

@@ -5,7 +5,7 @@ import pytest
 
 from distributed_muzero.config import SearchConfig
 from distributed_muzero.errors import ContractError, NonFiniteError
-from distributed_muzero.search import Expansion, muzero_search
+from distributed_muzero.search import Expansion, gumbel_search, muzero_search
 
 LOGITS, VALUES, LEGAL = np.zeros((3, 2)), np.zeros(3), np.ones((3, 2), bool)
 
@@ -14,18 +14,25 @@ def good_expansion(simulation):
     return Expansion(np.zeros(3), np.zeros(3), np.zeros((3, 2)))
 
 
-def search(logits=LOGITS, values=VALUES, legal=LEGAL, expansion=good_expansion, **options):
-    simulations = iter(range(100))
-    return muzero_search(
-        logits,
-        values,
-        legal,
-        lambda parents, actions, children: expansion(next(simulations)),
-        SearchConfig(num_simulations=8),
-        discount=0.9,
-        rng=np.random.default_rng(0),
-        **options,
-    )
+@pytest.fixture(params=[muzero_search, gumbel_search])
+def search(request):
+    """A search of either policy: every wrong input is tried with both."""
+
+    def run(logits=LOGITS, values=VALUES, legal=LEGAL, expansion=good_expansion, **options):
+        simulations = iter(range(100))
+        _, tree, *_ = request.param(
+            logits,
+            values,
+            legal,
+            lambda parents, actions, children: expansion(next(simulations)),
+            SearchConfig(num_simulations=8),
+            discount=0.9,
+            rng=np.random.default_rng(0),
+            **options,
+        )
+        return tree
+
+    return run
 
 
 def changed(array, index, number):
@@ -34,7 +41,7 @@ def changed(array, index, number):
     return array
 
 
-def test_a_row_that_forbids_everything_is_named():
+def test_a_row_that_forbids_everything_is_named(search):
     with pytest.raises(ContractError, match="every action in row 1"):
         search(legal=changed(LEGAL, 1, False))
 
@@ -50,13 +57,13 @@ def test_a_row_that_forbids_everything_is_named():
         ({"num_simulations": 0}, "num_simulations is 0"),
     ],
 )
-def test_wrong_roots_are_refused(inputs, words):
+def test_wrong_roots_are_refused(search, inputs, words):
     with pytest.raises(ContractError, match=words):
         search(**inputs)
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf])
-def test_a_root_that_is_not_finite_is_named(number):
+def test_a_root_that_is_not_finite_is_named(search, number):
     with pytest.raises(NonFiniteError, match=r"root in row 2 .*legal"):
         search(logits=changed(LOGITS, (2, 1), number))
     with pytest.raises(NonFiniteError, match="root in row 0"):
@@ -72,7 +79,7 @@ def test_a_root_that_is_not_finite_is_named(number):
         {"discounts": np.zeros(1)},
     ],
 )
-def test_a_wrong_shape_from_the_model_names_the_simulation(wrong):
+def test_a_wrong_shape_from_the_model_names_the_simulation(search, wrong):
     def expansion(simulation):
         return good_expansion(0) if simulation < 4 else good_expansion(0)._replace(**wrong)
 
@@ -83,20 +90,36 @@ def test_a_wrong_shape_from_the_model_names_the_simulation(wrong):
 @pytest.mark.parametrize("field", ["rewards", "values", "prior_logits", "discounts"])
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 @pytest.mark.parametrize("simulation", [0, 7])
-def test_a_number_from_the_model_that_is_not_finite_names_simulation_and_row(field, number, simulation):
+def test_a_number_from_the_model_that_is_not_finite_names_simulation_and_row(
+    search, field, number, simulation
+):
     good = good_expansion(0)._replace(values=np.ones(3), discounts=np.full(3, 0.9))
     bad = good._replace(**{field: changed(getattr(good, field), 1, number)})
     with pytest.raises(NonFiniteError, match=f"simulation {simulation} .* row 1"):
         search(expansion=lambda i: bad if i == simulation else good)
 
 
-def test_a_discount_that_is_not_finite_is_found_even_times_zero():
+def test_a_discount_that_is_not_finite_is_found_even_times_zero(search):
     bad = good_expansion(0)._replace(discounts=np.array([0.9, np.inf, 0.9]))
     with pytest.raises(NonFiniteError, match="row 1"):  # all values are 0
         search(expansion=lambda simulation: bad)
 
 
-def test_minus_infinity_is_a_legitimate_prior_logit():
+def test_minus_infinity_is_a_legitimate_prior_logit(search):
     never = good_expansion(0)._replace(prior_logits=np.tile([0.0, -np.inf], (3, 1)))
-    _, tree = search(expansion=lambda simulation: never)
+    tree = search(expansion=lambda simulation: never)
     assert (tree.children_visits[:, 1:, 1] == 0).all()
+
+
+def test_noise_of_a_wrong_shape_is_refused():
+    with pytest.raises(ContractError, match=r"root_gumbel has shape \(2,\); expected \(3, 2\)"):
+        gumbel_search(
+            LOGITS,
+            VALUES,
+            LEGAL,
+            lambda parents, actions, children: good_expansion(0),
+            SearchConfig(policy="gumbel"),
+            discount=0.9,
+            rng=np.random.default_rng(0),
+            root_gumbel=np.zeros(2),
+        )

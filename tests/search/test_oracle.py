@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from distributed_muzero.config import SearchConfig
 from distributed_muzero.search import Tree
 from tests.reference import search_oracle
-from tests.search.worlds import World, make_world, search_world
+from tests.reference.gumbel_oracle import Gumbel
+from tests.search.worlds import World, gumbel_search_world, make_world, search_world
 
 TOLERANCE = 1e-9
 CLOSEST_DECISION = 1e-9  # rounding may turn a closer one round
@@ -19,6 +20,18 @@ worlds = st.builds(
     num_actions=st.integers(1, 7),
     num_states=st.integers(1, 12),
     discount=st.sampled_from([1.0, 0.997, 0.5, -1.0, -0.95]),
+)
+gumbel_configs = st.builds(
+    SearchConfig,
+    policy=st.just("gumbel"),
+    num_simulations=st.integers(1, 60),
+    max_depth=st.one_of(st.none(), st.integers(1, 6)),
+    max_num_considered_actions=st.integers(1, 8),
+    gumbel_scale=st.sampled_from([0.0, 1.0, 3.0]),
+    value_scale=st.sampled_from([0.1, 1.0]),
+    maxvisit_init=st.sampled_from([0.0, 1.0, 50.0]),
+    rescale_values=st.booleans(),
+    use_mixed_value=st.booleans(),
 )
 configs = st.builds(
     SearchConfig,
@@ -48,17 +61,21 @@ def test_fast_search_equals_the_oracle(world: World, config: SearchConfig, noise
         np.testing.assert_allclose(result.root_values[row], root.value, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def _oracle(world: World, config: SearchConfig, noise: bool, seed: int) -> list[search_oracle.Search]:
-    def model(state: int, action: int) -> search_oracle.Answer:
-        after = world.next_state[state, action]
-        return search_oracle.Answer(
-            after,
-            world.reward[state, action],
-            world.discount[state, action],
-            world.value[after],
-            world.logits[after].tolist(),
-        )
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(worlds, gumbel_configs, st.booleans(), st.integers(0, 100))
+def test_fast_gumbel_search_equals_the_oracle(world: World, config: SearchConfig, noise: bool, seed: int):
+    expected = _gumbel_oracle(world, config, noise, seed)
+    actions = [rules.action(search) for rules, search in expected]
+    assume(min(search.margin for _, search in expected) > CLOSEST_DECISION)
+    result, tree, decided = gumbel_search_world(world, config, noise=noise, seed=seed)
+    assert decided.tolist() == actions
+    for row, (rules, search) in enumerate(expected):
+        _assert_same_tree(tree, row, search)
+        np.testing.assert_allclose(result.action_weights[row], rules.policy(search), atol=TOLERANCE)
+        np.testing.assert_allclose(result.root_values[row], search.root.value, rtol=TOLERANCE, atol=TOLERANCE)
 
+
+def _oracle(world: World, config: SearchConfig, noise: bool, seed: int) -> list[search_oracle.Search]:
     fraction = config.dirichlet_fraction if noise else 0.0
     rng = np.random.default_rng(seed)
     priors = search_oracle.root_priors(
@@ -73,7 +90,46 @@ def _oracle(world: World, config: SearchConfig, noise: bool, seed: int) -> list[
         config.pb_c_base,
     )
     roots = zip(world.root_state, world.root_value, priors, world.legal_mask, strict=True)
-    return [search_oracle.search_one(*root, model, rules) for root in roots]
+    return [search_oracle.search_one(*root, _model(world), rules) for root in roots]
+
+
+def _gumbel_oracle(
+    world: World, config: SearchConfig, noise: bool, seed: int
+) -> list[tuple[Gumbel, search_oracle.Search]]:
+    drawn = np.zeros_like(world.root_logits)
+    if noise and config.gumbel_scale > 0:
+        drawn = config.gumbel_scale * np.random.default_rng(seed).gumbel(size=drawn.shape)
+    priors = search_oracle.root_priors(world.root_logits, world.legal_mask, 0.0, 1.0, np.random.default_rng())
+    loop = search_oracle.Settings(config.num_simulations, max_depth=config.max_depth)
+    searches = []
+    for row, prior in enumerate(priors):
+        rules = Gumbel(
+            world.root_logits[row].tolist(),
+            drawn[row].tolist(),
+            config.num_simulations,
+            config.max_num_considered_actions,
+            config.value_scale,
+            config.maxvisit_init,
+            config.rescale_values,
+            config.use_mixed_value,
+        )
+        root = world.root_state[row], world.root_value[row], prior, world.legal_mask[row]
+        searches.append((rules, search_oracle.search_one(*root, _model(world), loop, rules.select)))
+    return searches
+
+
+def _model(world: World) -> search_oracle.Model:
+    def model(state: int, action: int) -> search_oracle.Answer:
+        after = world.next_state[state, action]
+        return search_oracle.Answer(
+            after,
+            world.reward[state, action],
+            world.discount[state, action],
+            world.value[after],
+            world.logits[after].tolist(),
+        )
+
+    return model
 
 
 def _assert_same_tree(tree: Tree, row: int, search: search_oracle.Search) -> None:

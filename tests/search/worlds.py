@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from distributed_muzero.config import SearchConfig
-from distributed_muzero.search import Expansion, Tree, muzero_search
+from distributed_muzero.search import Expansion, Tree, gumbel_search, muzero_search
 from distributed_muzero.types import SearchResult
 
 
@@ -54,7 +54,28 @@ def make_world(
 def search_world(
     world: World, config: SearchConfig, *, noise: bool = False, seed: int = 0, dtype: DTypeLike = np.float64
 ) -> tuple[SearchResult, Tree]:
-    """Our search in the world, with the states kept by (row, node) as a model keeps embeddings."""
+    """Our search in the world by the config's policy."""
+    search = gumbel_search_world if config.policy == "gumbel" else muzero_search_world
+    result, tree, *_ = search(world, config, noise=noise, seed=seed, dtype=dtype)
+    return result, tree
+
+
+def muzero_search_world(
+    world: World, config: SearchConfig, *, noise: bool = False, seed: int = 0, dtype: DTypeLike = np.float64
+) -> tuple[SearchResult, Tree]:
+    rng = np.random.default_rng(seed)
+    return muzero_search(*_inputs(world, config), discount=1.0, rng=rng, noise=noise, dtype=dtype)
+
+
+def gumbel_search_world(
+    world: World, config: SearchConfig, *, noise: bool = False, seed: int = 0, dtype: DTypeLike = np.float64
+) -> tuple[SearchResult, Tree, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return gumbel_search(*_inputs(world, config), discount=1.0, rng=rng, noise=noise, dtype=dtype)
+
+
+def _inputs(world: World, config: SearchConfig) -> tuple:
+    """The world's roots and its model, with the states kept by (row, node) as a model keeps embeddings."""
     states = np.zeros((len(world.root_state), config.num_simulations + 1), np.int64)
     states[:, 0] = world.root_state
     rows = np.arange(len(states))
@@ -64,14 +85,4 @@ def search_world(
         after = states[rows, children] = world.next_state[edge]
         return Expansion(world.reward[edge], world.value[after], world.logits[after], world.discount[edge])
 
-    return muzero_search(
-        world.root_logits,
-        world.root_value,
-        world.legal_mask,
-        expand,
-        config,
-        discount=1.0,
-        rng=np.random.default_rng(seed),
-        noise=noise,
-        dtype=dtype,
-    )
+    return world.root_logits, world.root_value, world.legal_mask, expand, config
