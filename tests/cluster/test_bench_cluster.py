@@ -109,6 +109,7 @@ def test_what_twenty_actors_were_told_is_stored_lies_in_two_shards_once():
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.long
 def test_a_version_reaches_all_actors_and_its_moments_come_in_order():
     from distributed_muzero.cluster.broadcasting import measure
     from distributed_muzero.cluster.session import ray_session

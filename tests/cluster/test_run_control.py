@@ -83,6 +83,18 @@ def test_of_a_job_that_has_ended_the_folder_tells_how_unless_it_was_written_befo
     assert found == {**status, "run": "r", "state": told}
 
 
+def test_of_a_job_that_was_killed_the_counts_are_told_and_nothing_of_who_was_at_work():
+    status = {
+        "state": "running",
+        "learner_steps": 7,
+        "updated": AFTER,
+        "actors": {"live": 4},
+        "actors_waiting": 0.2,
+    }
+    found = status_by(RunJob("r", "r", "failed", START, START + 9, None), status)
+    assert found == {"run": "r", "state": "failed", "learner_steps": 7, "updated": AFTER}
+
+
 def test_of_a_job_that_goes_on_nothing_is_told_that_was_written_before():
     job = RunJob("r", "r", "pending", START, None, None)
     assert status_by(job, {"learner_steps": 7, "updated": BEFORE}) == {"run": "r", "state": "pending"}

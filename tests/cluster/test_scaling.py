@@ -42,6 +42,7 @@ def test_it_grows_to_eight_as_nodes_come_and_shrinks_to_two_without_losing_a_gam
         assert verdict.is_good and verdict.acknowledged > 50, verdict
 
 
+@pytest.mark.long
 def test_it_chooses_more_actors_where_the_learner_starves(tmp_path):
     starving = ("--set", "replay.samples_per_insert=2", "--set", "actor.autoscale=[1, 6]", "--actors", 1)
     with connected_nodes(6) as nodes, run_in(nodes, tmp_path, *SLOW_CHAIN, *starving) as run:

@@ -156,6 +156,7 @@ def test_a_stopped_run_goes_on_with_other_limits_and_the_same_command_finds_it(t
     assert "network.embedding_size of run 'r' is 64 and can't become 7" in refused.stderr
 
 
+@pytest.mark.long
 def test_an_exported_set_trains_offline(tmp_path):
     played = run("train", "--preset", "debug", "--runs-dir", tmp_path, "--name", "played", "--in-process")
     assert played.returncode == 0, played.stderr
