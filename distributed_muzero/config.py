@@ -48,10 +48,20 @@ class EnvironmentConfig(Section):
         return self._code_folder
 
 
+# Networks that others register may read any option.
+ONLY_READ_BY = {"mlp": ("embedding_size",), "resnet": ("num_channels", "num_blocks")}
+
+
 class NetworkConfig(Section):
-    name: str = "mlp"  # a name of the networks registry
-    embedding_size: Positive = 64
-    hidden_sizes: tuple[Positive, ...] = (64,)  # of every function
+    name: str = (
+        "mlp"  # a name of the networks registry: mlp for vectors, resnet for planes, or one added there
+    )
+    embedding_size: Positive = 64  # mlp
+    num_channels: Positive = 64  # resnet: planes of the embedding and of every block
+    num_blocks: Annotated[int, Field(ge=0)] = (
+        2  # resnet: residual blocks of representation and transition, each
+    )
+    hidden_sizes: tuple[Positive, ...] = (64,)  # mlp: of every function; resnet: of the heads
     support_min: int = -20  # ends of the categorical support, in transformed units h(x)
     support_max: int = 20
     support_size: Annotated[int, Field(ge=2)] = 41  # bins, both ends included
@@ -60,6 +70,14 @@ class NetworkConfig(Section):
     def _check(self) -> NetworkConfig:
         if self.support_min >= self.support_max:
             raise ValueError(f"support_min {self.support_min} must be below support_max {self.support_max}")
+        other = {"mlp": "resnet", "resnet": "mlp"}.get(self.name, "")
+        for option in ONLY_READ_BY.get(other, ()):
+            # A file that lists every option holds the default, which is no mistake.
+            if (value := getattr(self, option)) != NetworkConfig.model_fields[option].default:
+                raise ValueError(
+                    f"{option} {value} is for {other}, and name is {self.name}; leave it out, or set network.name "
+                    f"to {other}"
+                )
         return self
 
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 GROUP = "distributed_muzero.networks"
 
 Factory = Callable[[EnvironmentSpec, int, NetworkConfig], "Networks"]
-_own = [EntryPoint("mlp", "distributed_muzero.networks.mlp:MLP", GROUP)]
+_own = [
+    EntryPoint("mlp", "distributed_muzero.networks.mlp:MLP", GROUP),
+    EntryPoint("resnet", "distributed_muzero.networks.resnet:ResNet", GROUP),
+]
 _registered: dict[str, Factory] = {}
 
 
