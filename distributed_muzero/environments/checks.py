@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +58,7 @@ def check_environment(
     """
     environment = make()
     try:
-        checks = [_row("spec", lambda: check_spec(environment))]
+        checks = [_row("spec", partial(check_spec, environment))]
         if not checks[0].passed:
             return Report(checks, 0, 0)
         deadline = clock() + seconds
@@ -66,15 +67,12 @@ def check_environment(
             games.append(play(environment, seed + len(games), max_episode_steps, clock, deadline))
     finally:
         environment.close()
-    checks += [_row(name, lambda check=check: check(games)) for name, check in OF_GAMES.items()]  # type: ignore[misc]
-    checks.append(_row("length", lambda: check_length(games, max_episode_steps)))
+    checks += [_row(name, partial(check, games)) for name, check in OF_GAMES.items()]
+    checks.append(_row("length", partial(check_length, games, max_episode_steps)))
     num_steps = sum(len(game.actions) for game in games)
     per_step = sum(game.seconds for game in games) / max(num_steps, 1)
     steps = int(min(MAX_REPLAYED_STEPS, max_episode_steps, max(5, SECONDS_OF_A_REPLAY / max(per_step, 1e-6))))
-    checks += [
-        _row(name, lambda check=check: check(make, seed, steps))  # type: ignore[misc]
-        for name, check in OF_INSTANCES.items()
-    ]
+    checks += [_row(name, partial(check, make, seed, steps)) for name, check in OF_INSTANCES.items()]
     if num_steps:
         checks.append(Check("speed", True, f"{per_step * 1e6:,.0f} µs for a step and its mask"))
     return Report(checks, len(games), num_steps)

@@ -29,7 +29,7 @@ class OpenSpielEnvironment:
     def __init__(self, rules: Rules, id: str, max_episode_steps: int, has_passes: bool):
         self._game, self._view = rules.game, rules.view
         self._has_passes = has_passes
-        self._tensor_shape = tuple(self._game.observation_tensor_shape())
+        self._tensor_shape = rules.tensor_shape
         self._pass = self._game.num_distinct_actions()
         self._max_episode_steps = max_episode_steps
         length = self._tensor_shape[0] + self._view.says_player + has_passes
@@ -41,6 +41,7 @@ class OpenSpielEnvironment:
             num_players=self._game.num_players(),
         )
         self._state: Any = None
+        self._legal: list[int] = []
         self._player = 0
         self._num_steps = 0
         self._truncated = False
@@ -49,12 +50,13 @@ class OpenSpielEnvironment:
         self._state = self._game.new_initial_state()
         self._player = self._state.current_player()
         self._num_steps, self._truncated = 0, False
+        self._find_legal()
         return self._observe()
 
     def step(self, action: int) -> tuple[float, np.ndarray, bool]:
         if self._state is None or self._state.is_terminal() or self._truncated:
             raise self._failure("step() without a game: call initial_state() first, also after a game's end")
-        if not 0 <= action < self.spec.num_actions or not self.mask()[action]:
+        if action not in self._legal:
             raise self._failure(f"action {action} is forbidden here")
         reward = 0.0
         if action != self._pass:
@@ -70,11 +72,12 @@ class OpenSpielEnvironment:
                 "environment.kwargs={pass_turns: true} to give the other one a move that does nothing in between"
             )
         self._truncated = not is_terminal and self._num_steps >= self._max_episode_steps
+        self._find_legal()
         return reward, self._observe(), is_terminal or self._truncated
 
     def mask(self) -> np.ndarray:
         mask = np.zeros(self.spec.num_actions, dtype=bool)
-        mask[self._pass if self._must_pass else self._state.legal_actions()] = True
+        mask[self._legal] = True
         return mask
 
     def to_play(self) -> int:
@@ -90,6 +93,9 @@ class OpenSpielEnvironment:
     @property
     def _must_pass(self) -> bool:
         return not self._state.is_terminal() and self._state.current_player() != self._player
+
+    def _find_legal(self) -> None:
+        self._legal = [self._pass] if self._must_pass else self._state.legal_actions()
 
     def _reward(self) -> float:
         rewards = self._state.rewards()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import random
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ EXPECTED = (
     "expected a deterministic game with perfect information, in which one player, or two with opposite aims, move "
     "in turn; `distributed-muzero envs` lists those"
 )
+MAX_ACTIONS = 100_000  # the search lays out every action of every node
+MAX_OBSERVATION = 1_000_000
+REFUSALS = (RuntimeError, TypeError, ValueError, IndexError)  # what a wrong parameter may end in
 SURVEY_PLIES = 2_000
 SURVEY_GAMES = 200
 COMPARED_PLIES = 100
@@ -56,6 +60,7 @@ class Rules(NamedTuple):
     """A loaded game, and what random games have shown of it."""
 
     game: Any
+    tensor_shape: tuple[int, ...]  # planes first
     view: View
     moves_twice: bool  # whether a player may be to move again after a move
 
@@ -109,7 +114,21 @@ def load_rules(id: str, parameters: str) -> Rules:
         if game.num_players() > 2 and "players" in kind.parameter_specification:
             reason += "; give it fewer, such as (players=2)"
         raise EnvironmentFailure(f"{id} can't be trained: {reason}. {EXPECTED[0].upper()}{EXPECTED[1:]}")
-    return survey(game)
+    check_size(id, game)
+    try:
+        return survey(game)
+    except REFUSALS as error:  # some parameters are looked at only when a game begins
+        raise _refused(id, error) from None
+
+
+def check_size(id: str, game: Any) -> None:
+    """Raises EnvironmentFailure for a game without actions or board, which crashes when played, and for a huge one."""
+    for what, number, most in (
+        ("actions", game.num_distinct_actions(), MAX_ACTIONS),
+        ("numbers in an observation", math.prod(game.observation_tensor_shape()), MAX_OBSERVATION),
+    ):
+        if not 1 <= number <= most:
+            raise EnvironmentFailure(f"{id} has {number} {what}; expected 1 to {most}")
 
 
 def survey(game: Any) -> Rules:
@@ -125,13 +144,16 @@ def survey(game: Any) -> Rules:
             moves_twice = moves_twice or state.current_player() == player
             if game.num_players() == 2 and is_absolute and plies <= COMPARED_PLIES:
                 is_absolute = state.observation_tensor(0) == state.observation_tensor(1)
-    if game.num_players() == 1:
-        return Rules(game, View(None, False), False)
+    shape = tuple(game.observation_tensor_shape())
     name = game.get_type().short_name
+    if name == "gomoku" and (side := math.isqrt(shape[1])) ** 2 == shape[1]:
+        shape = (shape[0], side, side)  # a board in two dimensions, though it comes flat
+    if game.num_players() == 1:
+        return Rules(game, shape, View(None, False), False)
     view = VIEWS.get(name, View(None, True))._replace(turns=is_absolute)
     if not is_absolute and name in RELATIVE_ORDERS:
         view = view._replace(order=RELATIVE_ORDERS[name])
-    return Rules(game, view, moves_twice)
+    return Rules(game, shape, view, moves_twice)
 
 
 @lru_cache(maxsize=1)
@@ -147,12 +169,16 @@ def _load(id: str, text: str, name: str, kind: Any, parameters: dict[str, Any]) 
         unknown = sorted(given.keys() - known.keys())
         if not unknown:
             return pyspiel.load_game(name, given)
-    except (RuntimeError, TypeError) as error:
-        raise EnvironmentFailure(f"{id}: OpenSpiel refuses these parameters: {error}") from None
+    except REFUSALS as error:
+        raise _refused(id, error) from None
     takes = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
     raise EnvironmentFailure(
         f"{id}: {name} has no parameter {unknown[0]!r}{_suggest(unknown[0], known)}; {takes}"
     )
+
+
+def _refused(id: str, error: Exception) -> EnvironmentFailure:
+    return EnvironmentFailure(f"{id}: OpenSpiel refuses these parameters: {' '.join(str(error).split())}")
 
 
 def _suggest(word: str, known: Any) -> str:

@@ -8,6 +8,8 @@ import os
 import pkgutil
 import re
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,7 +64,7 @@ class AECEnvironment:
         self._legal = np.zeros(self.spec.num_actions, dtype=bool)
 
     def initial_state(self, seed: int | None = None) -> np.ndarray:
-        self._environment.reset(seed=seed)
+        self._call("reset()", partial(self._environment.reset, seed=seed))
         self._num_steps, self._playing, self._truncated = 0, True, False
         self._player = self._agents.index(self._environment.agent_selection)
         return self._observe()
@@ -73,7 +75,7 @@ class AECEnvironment:
         if not 0 <= action < self.spec.num_actions or not self._legal[action]:
             raise self._failure(f"action {action} is forbidden here")
         environment, mover = self._environment, self._player
-        environment.step(int(action))
+        self._call(f"step({action})", partial(environment.step, int(action)))
         self._num_steps += 1
         reward = self._reward(mover)
         terminated = any(environment.terminations.values())
@@ -115,7 +117,7 @@ class AECEnvironment:
         return own
 
     def _observe(self) -> np.ndarray:
-        seen = self._environment.observe(self._agents[self._player])
+        seen = self._call("observe()", partial(self._environment.observe, self._agents[self._player]))
         self._legal = np.asarray(seen["action_mask"]) != 0
         if self._playing and not self._legal.any():
             raise self._failure("the mask forbids every action; at least one must be legal until the end")
@@ -125,6 +127,12 @@ class AECEnvironment:
         if self._order is not None:
             planes = planes[self._order]
         return np.array(planes, dtype=self.spec.observation_dtype, order="C")
+
+    def _call(self, what: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            raise self._failure(f"{what} raised {type(error).__name__}: {error}") from error
 
     def _failure(self, problem: str) -> EnvironmentFailure:
         return EnvironmentFailure(f"{self.spec.id}, step {self._num_steps}: {problem}")

@@ -10,7 +10,6 @@ import pytest
 from distributed_muzero.config import TRUST_VARIABLE, Config, EnvironmentConfig, make_config
 from distributed_muzero.environments.registry import make_environment
 from distributed_muzero.errors import ConfigError, EnvironmentFailure, UnknownEnvironmentError
-from tests.environments.games import EXAMPLES
 
 CODE = """
 from distributed_muzero.environments.chain import ChainEnvironment
@@ -109,8 +108,3 @@ def test_installed_code_comes_before_the_current_folder(trusted):
 def test_families_come_before_paths(trusted):
     (trusted / "chain.py").write_text("raise SystemExit('the wrong one')\n")
     assert make_environment(EnvironmentConfig(id="chain")).spec.id == "chain"
-
-
-def test_the_example_has_at_most_thirty_lines_of_code():
-    lines = (EXAMPLES / "nim.py").read_text(encoding="utf-8").splitlines()
-    assert len([line for line in lines if line.strip()]) <= 30

@@ -59,6 +59,29 @@ def test_mistakes_end_in_one_message(here, arguments, message):
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_actors_in_processes_of_their_own_find_the_code(here, tmp_path):
+    small = (
+        "--envs-per-actor",
+        4,
+        "--set",
+        "search.num_simulations=4",
+        "--set",
+        "replay.min_size_to_sample=50",
+    )
+    with processes.started(
+        "train", "--env", "nim:make", TRUST, "--name", "r", "--runs-dir", tmp_path / "runs", "--max-train-steps", 3,
+        *small,
+    ) as process:  # fmt: skip
+        output, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert (
+        "learner steps: " in output
+        and json.loads((tmp_path / "runs/r/status.json").read_text())["env_steps"] > 0
+    )
+
+
 @pytest.mark.slow
 def test_the_example_is_trained_and_evaluated_and_needs_trust_each_time(here, tmp_path):
     begin = ("train", "--env", "nim:make", "--in-process", "--name", "r", "--max-train-steps", 3)

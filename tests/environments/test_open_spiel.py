@@ -63,15 +63,27 @@ def test_own_pieces_come_first_then_the_others(game, actions, cells):
         assert (own, other) == (taken[player], taken[1 - player])
 
 
-@pytest.mark.parametrize("game", ["othello", "clobber", "lines_of_action", "breakthrough"])
-def test_the_planes_of_a_board_that_is_full_from_the_start_change_places_with_the_mover(game):
+def test_stones_that_turn_with_the_board_are_counted_for_their_owner():
+    """In pentago each move turns a quarter of the board; in othello it takes over what lies between."""
+    environment = make("pentago")
+    environment.initial_state()
+    for number in range(1, 5):
+        _, observation, _ = environment.step(int(np.flatnonzero(environment.mask())[0]))
+        assert observation[:2].sum((1, 2)).tolist() == [number // 2, (number + 1) // 2]
+    environment = make("othello")
+    before = environment.initial_state()
+    _, after, _ = environment.step(int(np.flatnonzero(environment.mask())[0]))
+    assert before[:2].sum((1, 2)).tolist() == [2, 2]
+    assert after[:2].sum((1, 2)).tolist() == [1, 4]  # the second player has one left
+
+
+@pytest.mark.parametrize("game", ["clobber", "lines_of_action", "breakthrough"])
+def test_pieces_that_stay_change_places_with_the_mover(game):
     environment = make(game)
     before = environment.initial_state()
-    action = int(np.flatnonzero(environment.mask())[0])
-    _, after, _ = environment.step(action)
-    moved_own = np.count_nonzero(before[0] != after[1])
-    assert 1 <= moved_own <= 2  # what the mover had, and has, is the other's now
-    assert np.count_nonzero(before[1] != after[0]) <= 1
+    _, after, _ = environment.step(int(np.flatnonzero(environment.mask())[0]))
+    assert np.count_nonzero(before[0] != after[1]) == 2  # one piece has moved, which is the other's now
+    assert np.count_nonzero(before[1] != after[0]) <= 1  # and has taken one at most
     assert np.count_nonzero(before[0] != after[0]) > 2
 
 
@@ -115,6 +127,67 @@ def test_the_reward_is_the_movers(game, actions, mover, reward):
     assert environment.to_play() == mover
     last, _, is_terminal = environment.step(actions[-1])
     assert (last, is_terminal, environment.truncated) == (reward, True, False)
+
+
+SMALL = [
+    "tic_tac_toe",
+    "misere(game=tic_tac_toe())",
+    "mnk(m=3,n=3,k=3)",
+    "connect_four(rows=3,columns=4,x_in_row=3)",
+    "connect_four(rows=3,columns=4,x_in_row=3,egocentric_obs_tensor=True)",
+    "nim(pile_sizes=1;2;3)",
+    "hex(board_size=3)",
+    "y(board_size=3)",
+    "clobber(rows=3,columns=3)",
+    "breakthrough(rows=4,columns=2)",
+    "dots_and_boxes(num_rows=1,num_cols=2)",
+]
+
+
+def solve(environment, game_value):
+    """Plays every game out from here, through the environment alone; returns the value for the player to move.
+
+    Asserts that equal observations have equal values, which is what a network can learn, and that the game's own exact
+    value is the same.   game_value: of a state for its first player.
+    """
+    values, seen_at = {}, {}
+
+    def value_here(observation):
+        state, player = environment._state, environment.to_play()
+        known = values.get(key := observation.tobytes())
+        if known is not None and key in seen_at.get(str(state), ()):
+            return known
+        seen_at.setdefault(str(state), set()).add(key)
+        best = -np.inf
+        for action in np.flatnonzero(environment.mask()):
+            environment._state, environment._player = state.clone(), player
+            environment._find_legal()
+            reward, after, is_terminal = environment.step(int(action))
+            best = max(best, reward - (0.0 if is_terminal else value_here(after)))
+        environment._state, environment._player = state, player
+        environment._find_legal()
+        assert values.setdefault(key, best) == best
+        assert best == (game_value(state) if player == 0 else -game_value(state))
+        return best
+
+    return value_here(environment.initial_state())
+
+
+@pytest.mark.parametrize("game", SMALL)
+def test_what_is_seen_decides_the_exact_value_and_rewards_lead_to_it(game):
+    known = {}
+
+    def game_value(state):
+        key = (str(state), state.current_player())
+        if state.is_terminal():
+            return state.returns()[0]
+        if key not in known:
+            after = [game_value(state.child(action)) for action in state.legal_actions()]
+            known[key] = max(after) if state.current_player() == 0 else min(after)
+        return known[key]
+
+    environment = make(game, max_episode_steps=10**9)
+    assert solve(environment, game_value) == game_value(environment._game.new_initial_state())
 
 
 def play_at_random(environment, seed):
@@ -208,6 +281,13 @@ def test_a_misspelt_game_gets_the_nearest_name(game, message):
         ("tic_tac_toe(size=5)", "no parameter 'size'; it takes none"),
         ("connect_four(rows=five)", "OpenSpiel refuses these parameters"),
         ("connect_four(rows=5", "OpenSpiel refuses these parameters.*bracket"),
+        ("go(board_size=100)", "OpenSpiel refuses these parameters.*up to 19"),
+        ("connect_four(rows=0)", "has 0 numbers in an observation; expected 1 to"),
+        ("connect_four(rows=-1)", "OpenSpiel refuses these parameters"),
+        ("connect_four(rows=2000,columns=2000)", "has 12000000 numbers in an observation"),
+        ("mnk(m=0)", "has 0 actions; expected 1 to"),
+        ("hex(board_size=1000)", "has 1000000 actions; expected 1 to 100000"),
+        ("misere", "OpenSpiel refuses these parameters: Missing parameter game"),
     ],
 )
 def test_a_game_that_does_not_fit_says_why(game, message):

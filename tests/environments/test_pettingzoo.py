@@ -233,6 +233,17 @@ def test_what_breaks_the_rules_is_told(changes, error, message):
         play_duel(duel)
 
 
+def test_what_it_raises_is_named_with_the_step():
+    class Broken(Duel):
+        def step(self, action):
+            if self.num_moves == 2:
+                raise KeyError("lost")
+            super().step(action)
+
+    with pytest.raises(EnvironmentFailure, match=r"duel, step 2: step\(0\) raised KeyError: 'lost'"):
+        play_duel(Broken())
+
+
 def test_players_who_see_different_things_are_refused():
     class Unlike(Duel):
         def action_space(self, agent):
