@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -10,11 +12,11 @@ from distributed_muzero.environments.checks import check_environment
 from distributed_muzero.environments.registry import environment_ids, make_environment
 from distributed_muzero.errors import EnvironmentFailure, UnknownEnvironmentError
 
-pytest.importorskip(
+pyspiel = pytest.importorskip(
     "pyspiel", reason="OpenSpiel isn't installed: pip install 'distributed_muzero[openspiel]'"
 )
 
-from distributed_muzero.environments.open_spiel_games import VIEWS, trainable_games
+from distributed_muzero.environments.open_spiel_games import VIEWS, refusal, trainable_games
 
 
 def make(game, **options):
@@ -283,7 +285,7 @@ def test_a_misspelt_game_gets_the_nearest_name(game, message):
         ("connect_four(rows=5", "OpenSpiel refuses these parameters.*bracket"),
         ("go(board_size=100)", "OpenSpiel refuses these parameters.*up to 19"),
         ("connect_four(rows=0)", "has 0 numbers in an observation; expected 1 to"),
-        ("connect_four(rows=-1)", "OpenSpiel refuses these parameters"),
+        ("connect_four(rows=-1)", "has -21 numbers in an observation"),
         ("connect_four(rows=2000,columns=2000)", "has 12000000 numbers in an observation"),
         ("mnk(m=0)", "has 0 actions; expected 1 to"),
         ("hex(board_size=1000)", "has 1000000 actions; expected 1 to 100000"),
@@ -293,6 +295,22 @@ def test_a_misspelt_game_gets_the_nearest_name(game, message):
 def test_a_game_that_does_not_fit_says_why(game, message):
     with pytest.raises(EnvironmentFailure, match=message):
         make(game)
+
+
+def test_two_players_need_opposite_aims():
+    fitting = {kind.short_name: kind for kind in pyspiel.registered_games()}["tic_tac_toe"]
+    names = ("dynamics", "chance_mode", "information", "provides_observation_tensor")
+    names += ("Dynamics", "ChanceMode", "Information", "Utility")
+    for utility, fits in (
+        ("ZERO_SUM", True),
+        ("CONSTANT_SUM", True),
+        ("GENERAL_SUM", False),
+        ("IDENTICAL", False),
+    ):
+        kind = SimpleNamespace(**{name: getattr(fitting, name) for name in names})
+        kind.utility = getattr(fitting.Utility, utility)
+        assert (refusal(kind, 2) is None) == fits
+        assert refusal(kind, 1) is None
 
 
 def test_a_game_with_one_player_is_always_his_turn():
