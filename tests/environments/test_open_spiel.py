@@ -12,9 +12,11 @@ from distributed_muzero.environments.checks import check_environment
 from distributed_muzero.environments.registry import environment_ids, make_environment
 from distributed_muzero.errors import EnvironmentFailure, UnknownEnvironmentError
 
-pyspiel = pytest.importorskip(
+pytest.importorskip(
     "pyspiel", reason="OpenSpiel isn't installed: pip install 'distributed_muzero[openspiel]'"
 )
+
+import pyspiel
 
 from distributed_muzero.environments.open_spiel_games import VIEWS, refusal, trainable_games
 
