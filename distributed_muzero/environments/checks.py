@@ -93,7 +93,8 @@ def check_spec(environment: Environment) -> str:
     spec = environment.spec
     for name in ("observation_shape", "action_shape"):
         shape = getattr(spec, name)
-        if not isinstance(shape, tuple) or not all(isinstance(size, int) and size > 0 for size in shape):
+        sizes = shape if isinstance(shape, tuple) and shape else (0,)
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
             raise Broken(f"{name} is {shape!r}; expected a tuple of sizes from 1 on")
     dtype = spec.observation_dtype
     if not isinstance(dtype, np.dtype) or dtype.kind not in KINDS:

@@ -34,11 +34,18 @@ UNFIT = {
     "texas_holdem": CARDS,
     "texas_holdem_no_limit": CARDS,
 }
-# Planes in the order own, other's, where the game gives another one. Each move in go puts the board before the
-# older ones, as its mover saw it: the other player for the newest and every second one.
-ORDERS = {
-    "go": (*(plane for pair in range(8) for plane in (2 * pair + 1 - pair % 2, 2 * pair + pair % 2)), 16)
-}
+
+
+def _go_order() -> tuple[int, ...]:
+    """The planes of go: eight boards of two, the newest first, then one that says who moves. Each board is kept as its
+    mover saw it: that is the other player for the newest, and for every second one."""
+    boards = [(2 * age, 2 * age + 1) for age in range(8)]
+    own_first = [board[::-1] if age % 2 == 0 else board for age, board in enumerate(boards)]
+    return (*(plane for board in own_first for plane in board), 16)
+
+
+# Of the planes, where own pieces don't come before the other player's.
+ORDERS = {"go": _go_order()}
 
 
 class AECEnvironment:

@@ -34,6 +34,12 @@ class NoTupleOfSizes(Nim):
         self.spec = self.spec._replace(action_shape=(3.0,))
 
 
+class NoActions(Nim):
+    def __init__(self):
+        super().__init__()
+        self.spec = self.spec._replace(action_shape=())
+
+
 class NoDtype(Nim):
     def __init__(self):
         super().__init__()
@@ -207,6 +213,7 @@ class StartsOnce(Nim):
 BROKEN = [
     ("spec", NoNumberOfPlayers, "num_players is 3; expected 1 or 2"),
     ("spec", NoTupleOfSizes, r"action_shape is \(3.0,\); expected a tuple of sizes"),
+    ("spec", NoActions, r"action_shape is \(\); expected a tuple of sizes"),
     ("spec", NoDtype, "observation_dtype is 'float32'; expected a numpy dtype"),
     (
         "observations",
