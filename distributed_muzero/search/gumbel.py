@@ -12,7 +12,7 @@ the visited actions' Q, these weighted by the prior. The first of equal scores w
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
@@ -25,38 +25,35 @@ from distributed_muzero.search.tree import NONE, ROOT
 SMALLEST_PRIOR = 1e-37  # of a visited action, so that priors of 0 can be averaged with
 
 
-class GumbelSettings(NamedTuple):
-    """What the rules read. The numbers are of the tree's float type."""
-
-    root_scores: np.ndarray  # [B, A] g(a) + logit(a) − the row's highest legal logit; −inf where forbidden
-    visits_due: (
-        np.ndarray
-    )  # [B, num_simulations] int32, visits so far of the action that each simulation takes
-    value_scale: np.floating
-    maxvisit_init: np.floating
-    rescale_values: bool
-    use_mixed_value: bool
-
-
 def make_settings(
     root_logits: np.ndarray,
     legal_mask: np.ndarray,
     root_gumbel: np.ndarray,
     num_simulations: int,
     config: SearchConfig,
-) -> GumbelSettings:
-    """For roots that `plant_roots` has accepted. root_logits: [B, A], in the tree's float type; so is root_gumbel."""
+) -> tuple[Any, ...]:
+    """What the rules read, for roots that `plant_roots` has accepted; numbers are of root_logits' [B, A] float type.
+
+    A plain tuple, as compiled calls take it quicker than a named one, and a cache of kernels survives changes of it:
+        root_scores    [B, A] g(a) + logit(a) − the row's highest legal logit; −inf where forbidden
+        visits_due     [B, num_simulations] int32, visits so far of the action that each simulation takes
+        weights        [A] room for one node's policy
+        constants      value_scale, maxvisit_init, rescale_values, use_mixed_value
+    """
     logits = np.where(legal_mask, root_logits, -np.inf)
     number = logits.dtype.type
     most_considered = min(config.max_num_considered_actions, legal_mask.shape[1])
     num_considered = np.minimum(legal_mask.sum(axis=1), most_considered)
-    return GumbelSettings(
+    return (
         (logits - logits.max(axis=1, keepdims=True) + root_gumbel).astype(logits.dtype),
         visits_due(most_considered, num_simulations)[num_considered - 1],
-        number(config.value_scale),
-        number(config.maxvisit_init),
-        config.rescale_values,
-        config.use_mixed_value,
+        np.empty(legal_mask.shape[1], logits.dtype),
+        (
+            number(config.value_scale),
+            number(config.maxvisit_init),
+            config.rescale_values,
+            config.use_mixed_value,
+        ),
     )
 
 
@@ -92,21 +89,19 @@ def _halving(num_considered: int, num_simulations: int) -> list[int]:
 @register_jitable(forceinline=True)
 def select_root(nodes, edges, q_bounds, settings, row, node):
     """The root's next action, by sequential halving."""
-    due = settings.visits_due[row, nodes[row, node].visits - 1]
-    return _best_root_action(nodes, edges, settings, row, due)
+    _, due, _, _ = settings
+    return _best_root_action(nodes, edges, settings, row, due[row, nodes[row, node].visits - 1])
 
 
 @register_jitable(forceinline=True)
 def select_interior(nodes, edges, q_bounds, settings, row, node):
     """The action whose share of the visits lies farthest below the improved policy; no chance is in it."""
-    unvisited, shift, scale = _completed(nodes, edges, settings, row, node)
-    highest, total = _normalizer(edges, row, node, unvisited, shift, scale)
+    _, _, weights, _ = settings
+    total = _improve(nodes, edges, settings, row, node, weights)
     visits = type(total)(nodes[row, node].visits)
     best_action, best_score = 0, type(total)(-np.inf)
     for action in range(edges.shape[2]):
-        edge = edges[row, node, action]
-        weight = edge.prior * np.exp(_transformed(edge, unvisited, shift, scale) - highest)
-        score = weight / total - type(total)(edge.visits) / visits
+        score = weights[action] / total - type(total)(edges[row, node, action].visits) / visits
         if score > best_score:
             best_action, best_score = action, score
     return best_action
@@ -117,80 +112,79 @@ def write_answers(nodes, edges, settings, action_weights, actions):
     """After the search: π' of each root, exactly 0 where forbidden, and the action that halving has ended with."""
     num_rows, _, num_actions = edges.shape
     for row in range(num_rows):
-        unvisited, shift, scale = _completed(nodes, edges, settings, row, ROOT)
-        highest, total = _normalizer(edges, row, ROOT, unvisited, shift, scale)
+        total = _improve(nodes, edges, settings, row, ROOT, action_weights[row])
         most_visits = 0
         for action in range(num_actions):
-            edge = edges[row, ROOT, action]
-            most_visits = max(most_visits, edge.visits)
-            if edge.prior > 0:
-                weight = edge.prior * np.exp(_transformed(edge, unvisited, shift, scale) - highest)
-                action_weights[row, action] = weight / total
-            else:
-                action_weights[row, action] = 0
+            action_weights[row, action] /= total
+            most_visits = max(most_visits, edges[row, ROOT, action].visits)
         actions[row] = _best_root_action(nodes, edges, settings, row, most_visits)
 
 
 @register_jitable(forceinline=True)
 def _best_root_action(nodes, edges, settings, row, visits):
     """Of the legal actions with that many visits, the one of the best g + logit + σ. There always is one."""
-    unvisited, shift, scale = _completed(nodes, edges, settings, row, ROOT)
-    best_action, best_score = NONE, type(shift)(-np.inf)
+    root_scores, _, _, _ = settings
+    unvisited, highest, scale = _completed(nodes, edges, settings, row, ROOT)
+    best_action, best_score = NONE, type(scale)(-np.inf)
     for action in range(edges.shape[2]):
         edge = edges[row, ROOT, action]
         if edge.visits == visits and edge.prior >= 0:
-            score = settings.root_scores[row, action] + _transformed(edge, unvisited, shift, scale)
+            qvalue = edge.qvalue if edge.visits > 0 else unvisited
+            score = root_scores[row, action] + (qvalue - highest) * scale
             if best_action == NONE or score > best_score:
                 best_action, best_score = action, score
     return best_action
 
 
 @register_jitable(forceinline=True)
-def _completed(nodes, edges, settings, row, node):
-    """(unvisited, shift, scale): q̂ of an action without visits, and σ(a) = (q̂(a) − shift) · scale.
-
-    With rescale_values, q̂ is brought to 0 … 1 over all actions of the node, a root's forbidden ones among them.
-    """
-    unvisited = nodes[row, node].raw_value
-    lowest, highest = type(unvisited)(np.inf), type(unvisited)(-np.inf)
-    total, weighted = type(unvisited)(0), type(unvisited)(0)
-    most_visits, num_visited, num_actions = 0, 0, edges.shape[2]
-    for action in range(num_actions):
+def _improve(nodes, edges, settings, row, node, weights):
+    """Writes P(a) · exp(σ(a)), but for one factor, to weights [A], 0 where forbidden. Returns their sum, above 0."""
+    unvisited, highest, scale = _completed(nodes, edges, settings, row, node)
+    growth_of_unvisited = np.exp((unvisited - highest) * scale)
+    total = type(scale)(0)
+    for action in range(edges.shape[2]):
         edge = edges[row, node, action]
-        if edge.visits > 0:
-            num_visited += 1
-            most_visits = max(most_visits, edge.visits)
-            lowest, highest = min(lowest, edge.qvalue), max(highest, edge.qvalue)
-            prior = max(edge.prior, type(unvisited)(SMALLEST_PRIOR))
-            total += prior
-            weighted += prior * edge.qvalue
-    if settings.use_mixed_value and num_visited > 0:
+        weights[action] = 0
+        if edge.prior > 0:
+            growth = np.exp((edge.qvalue - highest) * scale) if edge.visits > 0 else growth_of_unvisited
+            weights[action] = edge.prior * growth
+            total += weights[action]
+    return total
+
+
+@register_jitable(forceinline=True)
+def _completed(nodes, edges, settings, row, node):
+    """(q̂ of an action without visits, highest q̂, scale):  σ(a) = (q̂(a) − highest) · scale, but for a constant.
+
+    The highest is taken over the actions with P > 0, so that their exp(σ) neither grow without bound nor vanish all.
+    Where values are rescaled, the scale counts all actions of the node, a root's forbidden ones among them.
+    """
+    _, _, _, (value_scale, maxvisit_init, rescale_values, use_mixed_value) = settings
+    unvisited = nodes[row, node].raw_value
+    low, high, highest = type(unvisited)(np.inf), type(unvisited)(-np.inf), type(unvisited)(-np.inf)
+    total, weighted = type(unvisited)(0), type(unvisited)(0)
+    most_visits, some_unvisited, likely_unvisited = 0, False, False
+    for action in range(edges.shape[2]):
+        edge = edges[row, node, action]
+        if edge.visits == 0:
+            some_unvisited = True
+            likely_unvisited |= edge.prior > 0
+            continue
+        most_visits = max(most_visits, edge.visits)
+        low, high = min(low, edge.qvalue), max(high, edge.qvalue)
+        if edge.prior > 0:
+            highest = max(highest, edge.qvalue)
+        prior = max(edge.prior, type(unvisited)(SMALLEST_PRIOR))
+        total += prior
+        weighted += prior * edge.qvalue
+    if use_mixed_value and most_visits > 0:
         visits = type(unvisited)(nodes[row, node].visits - 1)
         unvisited = (unvisited + visits * (weighted / total)) / (visits + type(unvisited)(1))
-    scale = (settings.maxvisit_init + type(unvisited)(most_visits)) * settings.value_scale
-    if not settings.rescale_values:
-        return unvisited, type(unvisited)(0), scale
-    if num_visited < num_actions:
-        lowest, highest = min(lowest, unvisited), max(highest, unvisited)
-    return unvisited, lowest, scale / max(highest - lowest, type(unvisited)(EPSILON))
-
-
-@register_jitable(forceinline=True)
-def _transformed(edge, unvisited, shift, scale):
-    """σ of one action."""
-    return ((edge.qvalue if edge.visits > 0 else unvisited) - shift) * scale
-
-
-@register_jitable(forceinline=True)
-def _normalizer(edges, row, node, unvisited, shift, scale):
-    """(m, Σ P(a) · exp(σ(a) − m)) over the actions with P > 0, m the highest σ among them: the sum is above 0."""
-    highest, total = type(shift)(-np.inf), type(shift)(0)
-    for action in range(edges.shape[2]):
-        edge = edges[row, node, action]
-        if edge.prior > 0:
-            highest = max(highest, _transformed(edge, unvisited, shift, scale))
-    for action in range(edges.shape[2]):
-        edge = edges[row, node, action]
-        if edge.prior > 0:
-            total += edge.prior * np.exp(_transformed(edge, unvisited, shift, scale) - highest)
-    return highest, total
+    if likely_unvisited:
+        highest = max(highest, unvisited)
+    scale = (maxvisit_init + type(unvisited)(most_visits)) * value_scale
+    if rescale_values:
+        if some_unvisited:
+            low, high = min(low, unvisited), max(high, unvisited)
+        scale /= max(high - low, type(unvisited)(EPSILON))
+    return unvisited, highest, scale
