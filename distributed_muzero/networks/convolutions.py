@@ -16,6 +16,7 @@ from numba import njit
 from distributed_muzero.networks.kernels import FAST
 
 DENSE_CELLS = 9  # up to here the matrix of all cells costs no more than the neighbours of each
+DENSE_BYTES = 2**20  # a larger matrix leaves the core's cache
 COLUMNS_BYTES = 2**19  # of neighbours that are laid out at a time: they stay in the core's cache
 
 
@@ -68,8 +69,9 @@ class GatheredConvolution:
 
 def make_convolution(weight: np.ndarray, board: tuple[int, int]) -> Convolution:
     """The faster of the two for a weight [9, I, C]."""
-    kind = DenseConvolution if math.prod(board) <= DENSE_CELLS else GatheredConvolution
-    return kind(weight, board)
+    cells = math.prod(board)
+    is_small = cells <= DENSE_CELLS and 4 * cells**2 * weight[0].size <= DENSE_BYTES
+    return DenseConvolution(weight, board) if is_small else GatheredConvolution(weight, board)
 
 
 def make_neighbours(height: int, width: int) -> np.ndarray:

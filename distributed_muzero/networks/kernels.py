@@ -14,7 +14,7 @@ from numba import njit
 
 from distributed_muzero.algorithm.value_transform import EPSILON
 
-NORMALIZE_EPSILON = np.float32(1e-5)
+NORMALIZE_EPSILON = 1e-5
 FAST = {"reassoc", "contract", "nsz"}  # NaN and Inf stay what they are
 
 
@@ -80,7 +80,7 @@ def normalize_and_store(x, embeddings, children):
         for i in range(x.shape[1]):
             low = min(low, x[b, i])
             high = max(high, x[b, i])
-        scale = np.float32(1) / (high - low + NORMALIZE_EPSILON)
+        scale = np.float32(1) / (high - low + np.float32(NORMALIZE_EPSILON))
         for i in range(x.shape[1]):
             x[b, i] = (x[b, i] - low) * scale
         embeddings[children[b], b] = x[b]

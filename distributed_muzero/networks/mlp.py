@@ -13,7 +13,8 @@ from distributed_muzero.algorithm.value_transform import CategoricalOutput
 from distributed_muzero.config import NetworkConfig
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.networks.base import Networks
-from distributed_muzero.networks.mlp_inference import NORMALIZE_EPSILON, MLPInference
+from distributed_muzero.networks.kernels import NORMALIZE_EPSILON
+from distributed_muzero.networks.mlp_inference import MLPInference
 from distributed_muzero.networks.normalizer import ObservationNormalizer
 
 
@@ -85,4 +86,4 @@ def perceptron(sizes: Sequence[int], zero_last: bool = False) -> nn.Sequential:
 def min_max_normalize(embeddings: Tensor) -> Tensor:
     """(s − min s) / (max s − min s) in each row."""
     low, high = torch.aminmax(embeddings, dim=-1, keepdim=True)
-    return (embeddings - low) / (high - low + float(NORMALIZE_EPSILON))
+    return (embeddings - low) / (high - low + NORMALIZE_EPSILON)

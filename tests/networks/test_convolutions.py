@@ -8,6 +8,7 @@ from torch.nn import functional
 from distributed_muzero.networks.convolutions import (
     DenseConvolution,
     GatheredConvolution,
+    make_convolution,
     make_neighbours,
     normalize_and_add,
 )
@@ -56,3 +57,11 @@ def test_normalisation_sum_and_relu_by_hand():
     assert alone.ravel().tolist() == [0, 0]
     normalize_and_add(x, scale, shift, np.float32(0), np.array([[[5.0, 0.5]]], np.float32), True)
     assert x.ravel().tolist() == [3, 0]
+
+
+@pytest.mark.parametrize(
+    ("board", "num_channels", "kind"),
+    [((3, 3), 16, DenseConvolution), ((3, 3), 64, GatheredConvolution), ((3, 4), 16, GatheredConvolution)],
+)
+def test_few_cells_and_channels_make_one_matrix(board, num_channels, kind):
+    assert isinstance(make_convolution(np.ones((9, num_channels, num_channels), np.float32), board), kind)
