@@ -33,6 +33,13 @@ FIXED: dict[str, tuple[str, ...]] = {
     "run": ("seed",),
 }
 MAX_LISTED = 20  # runs named in an error
+# Of a status: what is so only while somebody is at work.
+OF_THE_MOMENT = frozenset(
+    {
+        "actors", "reanalysers", "env_steps_per_second", "learner_steps_per_second", "staleness", "actors_waiting",
+        "learner_waiting", "checkpoint_age_seconds", "disk_free_bytes", "metrics", "copy",
+    }
+)  # fmt: skip
 
 
 class Launch(NamedTuple):
@@ -190,12 +197,12 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"can't write {self.status_file}: {error}; the old one is intact") from error
 
-    def write_starting(self) -> None:
-        """The status of a launch that has begun: of what came before, all but the state. Raises RunError."""
+    def write_counts(self, state: str) -> None:
+        """The status of a launch in which nobody plays, yet or any more: the last one's counts. Raises RunError."""
         before = None
         with suppress(RunError):
             before = self.read_status()
-        self.write_status({**(before or {}), "run": self.name, "state": "starting"})
+        self.write_status(counts_of(before or {}, self.name, state))
 
     def read_status(self) -> dict[str, Any] | None:
         """The last status; None before the first. Raises RunError if the file can't be read."""
@@ -213,8 +220,14 @@ class RunFolder:
         status = self.read_status() or {"run": self.name, "state": "starting"}
         if status["state"] in ("running", "starting"):
             with suppress(RunError), self.locked():
-                status["state"] = "lost"
+                return counts_of(status, self.name, "lost")
         return status
+
+
+def counts_of(status: Mapping[str, Any], run: str, state: str) -> dict[str, Any]:
+    """The status of a run that nobody is at work on now: the state, and the counts of the last one written."""
+    counts = {key: value for key, value in status.items() if key not in OF_THE_MOMENT}
+    return {**counts, "run": run, "state": state}
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from distributed_muzero.errors import ClusterError, ConfigError, RunError, RunIs
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
 WATCH_SECONDS = 2.0
+WATCH_URI_SECONDS = 5.0  # each look is several requests
+MAX_FAILURES = 5  # looks in a row that fail while a run is watched
 AT_WORK = ("pending", "starting", "running", "laying out")
 WATCH_JOB_SECONDS = 600.0  # of one small job that watches for somebody outside
 
@@ -59,6 +61,7 @@ def submit(
     set_: options.Set = None,
     resume: options.ResumeOption = options.Resume.never,
     offline: options.Offline = None,
+    take_over: options.TakeOver = False,
     package: Annotated[
         list[Path] | None, typer.Option(help="A wheel that the run needs, such as your environment's.")
     ] = None,
@@ -88,6 +91,8 @@ def submit(
     jobs = Jobs(address)
     may_exist = resume is options.Resume.auto
     arguments = ["--resume", resume.value, *(word for path in offline or [] for word in ("--offline", path))]
+    if take_over:
+        arguments.append("--take-over")
     if trust_env_code:
         arguments.append("--trust-env-code")
     if asks_for_shards(shards, set_):
@@ -133,14 +138,15 @@ def status(
 def watched(
     run: str | None, address: str | None, runs_dir: str, watch: bool, watch_seconds: float | None
 ) -> Generator[dict[str, Any], None, None]:
-    """The run's status; with `watch`, every two seconds until the run, or the time, is over."""
+    """The run's status; with `watch`, every few seconds until the run, or the time, is over."""
     from distributed_muzero.cluster.jobs import Jobs, cluster_address, is_http, last_json
-    from distributed_muzero.workers.runs import has_run
+    from distributed_muzero.workers.runs import folder_here
 
     where = cluster_address(address)
-    here = status_of(run, runs_dir) if where is None and run and has_run(run, runs_dir) else None
-    if here and here["state"] in AT_WORK:  # its driver writes there what it would answer
-        yield from _of_a_folder(run, runs_dir, watch)
+    here = folder_here(runs_dir)
+    if where is None and (at_work := run_at_work(run, here)):
+        # Its driver writes there what it would answer, and how it ends: the Ray that it may have started doesn't tell.
+        yield from _of_a_folder(at_work, here, watch)
         return
     if is_http(where):
         run = Jobs(where).find(run).run
@@ -175,8 +181,9 @@ def watched(
         while True:
             try:
                 found = run_status(run, runs_dir, where)
-            except RunError as unknown:
-                if here is None:
+            except (RunError, ClusterError) as unknown:
+                # Perhaps that was the Ray of a `train` on this machine, which has no other runs and no jobs.
+                if where is not None or (run is None and isinstance(unknown, RunError)):
                     raise
                 yield from _of_a_folder(run, runs_dir, watch, unknown)
                 return
@@ -190,22 +197,43 @@ def _of_a_folder(
     run: str | None, runs_dir: str, watch: bool, error: ClusterError | RunError | None = None
 ) -> Iterator[dict[str, Any]]:
     """Of a run of `train` on this machine, or at a URI.   error: why no cluster tells of it."""
-    from distributed_muzero.workers.runs import current_status
+    from distributed_muzero.mirror.uri import is_uri
+    from distributed_muzero.workers.runs import status_source
 
     why = f"; and {error}" if error else ""
     chosen = run or run_at_hand(runs_dir)
     if chosen is None:
         raise RunError(f"{runs_dir} holds no runs{why}")
     try:
-        found = current_status(chosen, runs_dir)
+        ask = status_source(chosen, runs_dir)
+        found = ask()
     except RunError as missing:
         raise RunError(f"{missing}{why}") from None
-    while True:
+    pause = WATCH_URI_SECONDS if is_uri(chosen) or is_uri(runs_dir) else WATCH_SECONDS
+    failures = 0
+    yield found
+    while watch and found["state"] in AT_WORK:
+        time.sleep(pause)
+        try:
+            found = ask()
+        except RunError:
+            failures += 1
+            if failures > MAX_FAILURES:
+                raise
+            continue
+        failures = 0
         yield found
-        if not watch or found["state"] not in AT_WORK:
-            return
-        time.sleep(WATCH_SECONDS)
-        found = current_status(chosen, runs_dir)
+
+
+def run_at_work(run: str | None, runs_dir: str) -> str | None:
+    """The run of this name, or of any, if it is at work in a folder of this machine. Raises RunError if several are."""
+    from distributed_muzero.run_folder import run_names
+
+    if run is None:
+        run = run_at_hand(runs_dir)
+    if run is None or run not in run_names(runs_dir):
+        return None
+    return run if status_of(run, runs_dir)["state"] in AT_WORK else None
 
 
 def run_at_hand(runs_dir: str) -> str | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
@@ -27,9 +28,8 @@ if TYPE_CHECKING:
 
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for a job's command
 FINAL_EVALUATION_STREAM = 10**12  # no evaluation during training used these seeds: theirs are learner steps
-# What a status says of a launch that is over.
-ENDED = ("finished", "stopped", "failed")
 RELOCATED_VERSIONS = 10**6  # of the weights: more than a launch gives out between two copies
+NOT_LEARNT_FROM = ("checkpoints", "tensorboard", "history")  # of a run at a URI that is a dataset
 
 
 def train(
@@ -124,7 +124,7 @@ def resume(
     def change(config: Config) -> Config:
         return make_config(config.model_dump(), changed, parse_overrides(set_ or []))
 
-    train_in(opened(run, runs_dir, tell, take_over, change), change, in_process)
+    train_in(opened(run, runs_dir, tell, take_over, change, check_can_begin), change, in_process)
 
 
 def check_place(runs_dir: str) -> None:
@@ -154,7 +154,20 @@ def dataset_path(dataset: Path | str) -> Path:
     """Where a dataset lies on this machine: a run at a URI is fetched, once. Raises RunError."""
     from distributed_muzero.workers.runs import open_to_read
 
-    return open_to_read(dataset, options.RUNS).path if isinstance(dataset, str) else dataset
+    return open_to_read(dataset, options.RUNS, NOT_LEARNT_FROM).path if isinstance(dataset, str) else dataset
+
+
+@contextmanager
+def dataset_paths(datasets: Sequence[Path | str]) -> Iterator[list[Path]]:
+    """The last use of them in this process: what was fetched is removed afterwards. Raises RunError."""
+    paths = [dataset_path(dataset) for dataset in datasets]
+    try:
+        yield paths
+    finally:
+        for dataset, path in zip(datasets, paths, strict=True):
+            if isinstance(dataset, str):
+                shutil.rmtree(path, ignore_errors=True)
+        dataset_path.cache_clear()
 
 
 def run_training(
@@ -186,7 +199,7 @@ def run_training(
         return with_shards(config, stored.replay.num_shards) if keeps_shards else config
 
     if may_exist and name is not None and name in names_in(runs_dir):
-        run = opened(name, runs_dir, tell, take_over, change)
+        run = opened(name, runs_dir, tell, take_over, change, check_can_begin)
     else:
         run = created(runs_dir, name, config)
     train_in(run, change, in_process, datasets)
@@ -215,13 +228,9 @@ def train_in(
         progress = stack.enter_context(Progress(limits=config.run))
         stop = stack.enter_context(stop_on_signal(progress))
         folder = folder.with_config(config)
-        if reason := why_over(folder):
-            raise RunIsOver(
-                f"run {folder.name} is over: {reason}; resume it with a higher limit to go on, or with none, such as "
-                "--set run.stop_at_return=null"
-            )
+        check_not_over(folder.name, why_over(folder))
         exporter = stack.enter_context(serve_metrics(folder))
-        with starting(folder):
+        with starting(folder, copies):
             if copies is None:
                 lay_out(folder.replay, config)
             folder.write_config()
@@ -230,7 +239,7 @@ def train_in(
                 copies.claim_shards(config.replay.num_shards)
             import_stored(folder, datasets, copies, progress.message, stop.is_set)
         if stop.is_set():
-            write_state(folder, "stopped")
+            folder.write_counts("stopped")
             if copies:
                 copies.push()
             progress.message(f"stopped after {time.monotonic() - began:.1f} s: a stop was asked for")
@@ -240,7 +249,6 @@ def train_in(
         launch = folder.begin_launch(RELOCATED_VERSIONS if copies and copies.was_fetched else 0)
         if copies:
             copies.settle()
-            folder.write_starting()
             # Before anything is played: whoever goes on from the copy gives other ids than this launch, and sees it.
             copies.push()
             if not in_process:
@@ -255,29 +263,39 @@ def train_in(
         print_result(evaluate_run(folder, config.evaluator.num_episodes, seeds, None))
 
 
+def check_can_begin(folder: RunFolder, counts: Mapping[str, Any]) -> None:
+    """Before a run at a URI is taken over. Raises RunError if its metrics can't be served, RunIsOver if it is over."""
+    from distributed_muzero.observability.exporter import check_port
+    from distributed_muzero.workers.bookkeeper import why_over_by
+
+    check_port(folder.config.metrics)
+    check_not_over(folder.name, why_over_by(folder.config.run, counts))
+
+
+def check_not_over(run: str, reason: str | None) -> None:
+    """reason: the limit that the run has reached. Raises RunIsOver if there is one."""
+    if reason:
+        raise RunIsOver(
+            f"run {run} is over: {reason}; resume it with a higher limit to go on, or with none, such as "
+            "--set run.stop_at_return=null"
+        )
+
+
 @contextmanager
-def starting(folder: RunFolder) -> Iterator[None]:
-    """While the replay is made ready. How an earlier launch ended is no longer the run's status."""
-    if read_status(folder).get("state") in ENDED:
-        folder.write_starting()
+def starting(folder: RunFolder, copies: Copies | None) -> Iterator[None]:
+    """While the replay is made ready. The run's status, and its copy's, no longer tells of an earlier launch."""
     try:
+        folder.write_counts("starting")
+        if copies:
+            # Before an import, which may take long: whoever finds the copy sees that somebody is at work.
+            copies.push()
         yield
     except DistributedMuZeroError:
         with suppress(RunError):
-            write_state(folder, "failed")
+            folder.write_counts("failed")
+            if copies:
+                copies.push()
         raise
-
-
-def read_status(folder: RunFolder) -> dict[str, Any]:
-    """The last one; empty where there is none that can be read."""
-    with suppress(RunError):
-        return folder.read_status() or {}
-    return {}
-
-
-def write_state(folder: RunFolder, state: str) -> None:
-    """Of a launch that ends before anybody has played: all else is as it was. Raises RunError."""
-    folder.write_status({**read_status(folder), "run": folder.name, "state": state})
 
 
 def play(book: Bookkeeper, in_process: bool, stop: Stop) -> Ending:
@@ -329,8 +347,8 @@ def import_stored(
     from distributed_muzero.replay.dataset import import_datasets
     from distributed_muzero.workers.builder import Builder
 
-    paths = [dataset_path(dataset) for dataset in datasets]
-    with copies.keep_pushing(once_more=False) if copies else nullcontext():
+    pushing = copies.keep_pushing(once_more=False) if copies else nullcontext()
+    with dataset_paths(datasets) as paths, pushing:
         counts = import_datasets(paths, folder.replay, Builder(folder.config, folder.name), stop_requested)
     if copies:
         # Before the copy may say that nothing is left to import.

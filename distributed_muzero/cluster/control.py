@@ -15,6 +15,7 @@ from distributed_muzero.cluster.connect import connect
 from distributed_muzero.cluster.jobs import Jobs, RunJob
 from distributed_muzero.cluster.run_control import NAMESPACE, Desired
 from distributed_muzero.errors import DistributedMuZeroError, RunError
+from distributed_muzero.run_folder import counts_of
 from distributed_muzero.workers.runs import last_status
 
 ANSWER_SECONDS = 20.0
@@ -63,8 +64,9 @@ def status_by(job: RunJob, status: Mapping[str, Any]) -> dict[str, Any]:
     is_old = job.started is None or written is None or written < job.started
     if job.goes_on:
         return {**({} if is_old else status), "run": job.run, "state": job.state}
-    tells_the_end = not is_old and status.get("state") in ("finished", "stopped")
-    return {**status, "run": job.run, "state": status["state"] if tells_the_end else job.state}
+    if not is_old and status.get("state") in ("finished", "stopped"):
+        return {**status, "run": job.run}
+    return counts_of(status, job.run, job.state)
 
 
 def written_at(status: Mapping[str, Any]) -> float | None:

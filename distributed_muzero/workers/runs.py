@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +18,15 @@ from typing import Any, NamedTuple
 from distributed_muzero.config import Config
 from distributed_muzero.errors import RunError
 from distributed_muzero.mirror import uri as uris
-from distributed_muzero.mirror.download import fetch, names_at, read_at, reading_folder
+from distributed_muzero.mirror.download import fetch, files_at, names_at, read_at, reading_folder
 from distributed_muzero.mirror.mirror import ALIVE
 from distributed_muzero.mirror.owner import interval_at
+from distributed_muzero.mirror.plan import step_of
 from distributed_muzero.run_folder import (
     NAME,
     RunFolder,
     config_of,
+    counts_of,
     create_run,
     default_run_name,
     locked,
@@ -72,9 +74,9 @@ def names_in(runs_dir: str) -> list[str]:
     return names_at(runs_dir) if uris.is_uri(runs_dir) else run_names(runs_dir)
 
 
-def has_run(run: str, runs_dir: str) -> bool:
-    """Whether a run lies on this machine's file systems."""
-    return place_of(run, runs_dir) is None and run in run_names(runs_dir)
+def folder_here(runs_dir: str) -> str:
+    """Where runs of this machine are at work: the runs folder, or for one at a URI the folder that is copied there."""
+    return str(uris.local_runs_dir(runs_dir)) if uris.is_uri(runs_dir) else runs_dir
 
 
 # To train ---------------------------------------------------------------------------------------------------------
@@ -139,11 +141,14 @@ def opened(
     tell: Callable[[str], None],
     take_over: bool = False,
     change: Callable[[Config], Config] = lambda config: config,
+    check: Callable[[RunFolder, Mapping[str, Any]], None] = lambda folder, counts: None,
 ) -> Iterator[Opened]:
     """A run to go on with, which nobody else does meanwhile; taken over, where its copy is at a URI.
 
     take_over: also from a process elsewhere that seems to go on with it.   change: what the caller will make of its
-    config; where the run can't have that, it is not taken over. Raises RunError, and what `change` raises.
+    config.   check: is given a run at a URI as it would go on, which isn't on this machine yet, and what its copy has
+    counted, as a status names it. Where the run can't have the config, or either of them raises, it is not taken over.
+    Raises RunError, and what they raise.
     """
     place = place_of(run, runs_dir)
     if place is None:
@@ -152,24 +157,37 @@ def opened(
             yield folder, None
         return
     _check_exists(place)
-    stored = _check_change(place, change)
+    folder = _check_change(place, change)
     with _told_of_the_disk(place.local):
         place.local.mkdir(parents=True, exist_ok=True)
     with locked(place.local, STATE_ADVICE):
         copies = Copies(place.local, place.uri)
-        # Before a run elsewhere is ended for it. Spread shards fetch their copies on their own nodes.
-        copies.require_room(0 if stored.replay.spread_shards else stored.replay.num_shards)
+        # Before a run elsewhere is ended for it.
+        check(folder, _copied_counts(place))
+        replay = folder.config.replay
+        # Spread shards fetch their copies on their own nodes.
+        copies.require_room(0 if replay.spread_shards else replay.num_shards)
         if not take_over and (owner := copies.owner_elsewhere()):
             await_silence(place, owner, tell, silent_seconds(copies.interval_elsewhere()))
         copies.claim()
         yield replace(open_run(place.name, place.local.parent), uri=place.uri), copies
 
 
-def _check_change(place: Place, change: Callable[[Config], Config]) -> Config:
-    """Before a run elsewhere is ended for it; returns the changed config."""
+def _check_change(place: Place, change: Callable[[Config], Config]) -> RunFolder:
+    """Before a run elsewhere is ended for it; returns the run with the changed config."""
     data, _ = read_at(place.uri, "config.yaml")
     stored = config_of(data or b"", f"{uris.shown(place.uri)}/config.yaml")
-    return RunFolder(place.local, stored, place.uri).with_config(change(stored)).config
+    return RunFolder(place.local, stored, place.uri).with_config(change(stored))
+
+
+def _copied_counts(place: Place) -> dict[str, Any]:
+    """Of the copied status; but learner steps are those of the newest checkpoint, from which a run goes on."""
+    status, _ = _status_at(place)
+    best, _ = _json_at(place, "checkpoints/best.json")
+    checkpoints = files_at(uris.join(place.uri, "checkpoints"))
+    steps = [step_of(name) for name in checkpoints if name.endswith("/DONE")]
+    evaluation = best.get("mean_return", status.get("evaluation"))
+    return {**status, "learner_steps": max(steps, default=0), "evaluation": evaluation}
 
 
 @contextmanager
@@ -215,9 +233,12 @@ def await_silence(
 
 
 def _signs_of_life(place: Place) -> tuple[object, ...] | None:
-    """What changes with every copy; None if the run says itself that it is over."""
+    """What changes with every copy; None if the run says itself that it is over.
+
+    One that has said nothing yet is about to start.
+    """
     status, changed_at = _status_at(place)
-    if status.get("state") not in GOING_ON:
+    if status.get("state", "starting") not in GOING_ON:
         return None
     return status, changed_at, read_at(place.uri, ALIVE)
 
@@ -257,27 +278,46 @@ def last_status(run: str, runs_dir: str) -> dict[str, Any] | None:
 
 def current_status(run: str, runs_dir: str) -> dict[str, Any]:
     """As `last_status`, with state `lost` where it says running and nobody goes on with it."""
+    return status_source(run, runs_dir)()
+
+
+def status_source(run: str, runs_dir: str) -> Callable[[], dict[str, Any]]:
+    """Gives `current_status` each time; whether there is such a run at a URI is asked here alone. Raises RunError."""
     place = place_of(run, runs_dir)
     if place is None:
-        return open_run(run, runs_dir).current_status()
+        return lambda: open_run(run, runs_dir).current_status()
     _check_exists(place)
+    return lambda: _current_status_at(place)
+
+
+def _current_status_at(place: Place) -> dict[str, Any]:
     status, changed_at = _status_at(place)
     if not status:
-        return {"run": place.name, "state": "starting"}
+        # Its first copy has a config alone.
+        status = {"run": place.name, "state": "starting"}
+        changed_at = read_at(place.uri, "config.yaml")[1]
+    if status.get("state") not in GOING_ON:
+        return status
     last_sign = max(changed_at or 0.0, read_at(place.uri, ALIVE)[1] or 0.0)
-    is_going_on = status.get("state") in GOING_ON
-    if is_going_on and time.time() - last_sign > silent_seconds(interval_at(place.uri)):
-        status["state"] = "lost"
+    silence = time.time() - last_sign
+    # The owner is asked only if that can matter.
+    if silence > silent_seconds(0.0) and silence > silent_seconds(interval_at(place.uri)):
+        return counts_of(status, place.name, "lost")
     return status
 
 
 def _status_at(place: Place) -> tuple[dict[str, Any], float | None]:
     """The copied status and when it was copied; empty before the first."""
-    data, changed_at = read_at(place.uri, "status.json")
-    status = None
+    return _json_at(place, "status.json")
+
+
+def _json_at(place: Place, name: str) -> tuple[dict[str, Any], float | None]:
+    """A copied file and when it was copied; empty if it isn't there, or can't be read."""
+    data, changed_at = read_at(place.uri, name)
+    found = None
     with suppress(ValueError):
-        status = json.loads(data or b"{}")
-    return status if isinstance(status, dict) else {}, changed_at
+        found = json.loads(data or b"{}")
+    return found if isinstance(found, dict) else {}, changed_at
 
 
 def _check_exists(place: Place) -> None:

@@ -7,6 +7,8 @@ import json
 import pytest
 import yaml
 
+from distributed_muzero.cli import main
+from distributed_muzero.cluster import jobs
 from tests import processes
 
 
@@ -88,3 +90,26 @@ def test_presets_schema_envs_and_version():
 def test_every_preset_makes_a_config():
     for name in ("acrobot", "cartpole", "debug", "lunarlander"):
         assert processes.run("config", "show", "--preset", name).returncode == 0
+
+
+@pytest.mark.parametrize("take_over", [False, True])
+def test_submit_passes_take_over_on_to_the_job(monkeypatch, capsys, take_over):
+    sent = []
+
+    class NoCluster:
+        """Takes what would be submitted."""
+
+        def __init__(self, address):
+            pass
+
+        def submit(self, run, config, arguments, *rest):
+            sent.extend(arguments)
+            return run
+
+        def wait_until_started(self, *_):
+            return "there"
+
+    monkeypatch.setattr(jobs, "Jobs", NoCluster)
+    words = ["submit", "--preset", "debug", "--name", "r", "--resume", "auto"]
+    main.app([*words, "--take-over"] if take_over else words, standalone_mode=False)
+    assert ("--take-over" in sent) is take_over and sent[:2] == ["--resume", "auto"]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 
+from distributed_muzero.cli import cluster
 from distributed_muzero.cli.cluster import run_at_hand, status_of
 from distributed_muzero.config import make_config
 from distributed_muzero.errors import RunError
+from distributed_muzero.mirror import download
 from distributed_muzero.run_folder import create_run
+from distributed_muzero.workers import runs
+from distributed_muzero.workers.runs import created
 from tests import processes
 from tests.isolation import in_isolation, why_not_isolated
 
@@ -48,6 +53,92 @@ def test_without_a_name_the_run_at_work_is_meant_if_there_is_one(runs_dir):
 def test_a_run_that_cant_be_read_is_told_as_that(runs_dir):
     assert status_of("a", str(runs_dir)) == {"run": "a", "state": "unreadable"}
     assert status_of("c", str(runs_dir))["state"] == "finished"
+
+
+# A run at a URI that is watched ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_uri(tmp_path, monkeypatch):
+    """A runs folder with a run at work elsewhere, and what happens in the pauses between looks."""
+    make_run(tmp_path, "far", "running", 1)
+    pauses = []
+    monkeypatch.setattr(cluster.time, "sleep", pauses.append)
+    return f"file://{tmp_path}", pauses
+
+
+def test_a_watched_run_is_looked_for_once_and_its_store_is_asked_every_five_seconds(at_uri, monkeypatch):
+    uri, pauses = at_uri
+    looks = []
+    monkeypatch.setattr(runs, "names_at", lambda uri: looks.append(uri) or ["far"])
+    watching = cluster._of_a_folder("far", uri, True)
+    assert [next(watching)["state"] for _ in range(4)] == ["running"] * 4
+    assert looks == [uri] and pauses == [5.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("num_failures", "is_borne"), [(cluster.MAX_FAILURES, True), (cluster.MAX_FAILURES + 1, False)]
+)
+def test_a_store_that_fails_a_few_times_does_not_end_the_view(at_uri, monkeypatch, num_failures, is_borne):
+    uri, _ = at_uri
+    watching = cluster._of_a_folder("far", uri, True)
+    for _ in range(2):
+        assert next(watching)["state"] == "running"
+        failures = iter(range(num_failures))
+
+        def read_at(*place, failures=failures):
+            if next(failures, None) is not None:
+                raise RunError("it can't be reached")
+            return download.read_at(*place)
+
+        monkeypatch.setattr(runs, "read_at", read_at)
+        if not is_borne:
+            with pytest.raises(RunError, match="can't be reached"):
+                next(watching)
+            return
+    assert next(watching)["state"] == "running"
+
+
+def test_a_run_at_a_uri_that_is_at_work_on_this_machine_is_read_here(there, tmp_path):
+    with created(there, "r", make_config({})) as (folder, _):
+        folder.write_status({"run": "r", "state": "running", "env_steps": 7})
+        for name in ("r", None):
+            [found] = cluster.watched(name, None, there, False, None)
+            assert found == {"run": "r", "state": "running", "env_steps": 7}
+
+
+# Beside clusters --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.skipif(why_not is not None, reason=str(why_not))
+@in_isolation
+def test_a_train_with_a_ray_of_its_own_is_in_the_way_of_no_other_and_is_watched_to_its_end(
+    runs_dir, tmp_path, monkeypatch
+):
+    for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(variable, raising=False)
+    options = ("--set", "run.max_train_steps=null", "--max-minutes", 3)
+    work = tmp_path / "work"
+    with processes.started(
+        "train", "--preset", "debug", "--runs-dir", work, "--name", "r", *options
+    ) as training:
+        processes.wait_for("learner steps", lambda: processes.status(work / "r").get("learner_steps"))
+        for command in (("status", "c", "--json"), ("watch", "c")):
+            asked = processes.run(*command, "--runs-dir", runs_dir)
+            assert asked.returncode == 0 and "finished" in asked.stdout, asked.stderr
+        unknown = processes.run("status", "nobody", "--runs-dir", runs_dir)
+        assert unknown.returncode == 2 and "no run 'nobody' in" in unknown.stderr, unknown.stderr
+        assert "Traceback" not in unknown.stderr
+        with processes.started("watch", "--runs-dir", work) as watching:
+            assert watching.stdout.readline().startswith("r running")
+            training.send_signal(signal.SIGINT)
+            told, errors = watching.communicate(timeout=60)
+        assert watching.returncode == 0 and told.splitlines()[-1].startswith("r stopped: it was asked"), (
+            errors
+        )
+        assert training.wait(timeout=60) == 0
 
 
 @pytest.mark.cluster

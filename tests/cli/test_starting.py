@@ -12,10 +12,18 @@ from distributed_muzero.cli.train import asks_for_shards, train_in
 from distributed_muzero.config import load_preset, make_config
 from distributed_muzero.errors import RunError
 from distributed_muzero.run_folder import create_run
-from distributed_muzero.workers.runs import opened
+from distributed_muzero.workers.runs import created, current_status, opened
 from tests import processes
 
 LIMITLESS = ("--set", "run.max_train_steps=null", "--set", "run.max_minutes=null")
+
+
+AT_WORK = {
+    "run": "r", "state": "running", "actors": {"desired": 4, "live": 4, "pending": 0, "draining": 0}, "reanalysers": 1,
+    "env_steps_per_second": 9.0, "learner_steps_per_second": 9.0, "staleness": 1, "actors_waiting": 0.1,
+    "learner_waiting": 0.1, "checkpoint_age_seconds": 3.0, "disk_free_bytes": 10**9, "metrics": "http://here/metrics",
+    "copy": {"uri": "there", "seconds_since_push": 1.0, "failures": 0},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -41,6 +49,35 @@ def test_a_stop_during_an_import_is_told_and_is_the_runs_last_word(ended_run, mo
     assert seen == [{"run": "r", "state": "starting", "learner_steps": 5}]
     assert ended_run.current_status() == {"run": "r", "state": "stopped", "learner_steps": 5}
     assert any(line.startswith("stopped after") for line in capfd.readouterr().err.splitlines())
+
+
+def test_what_a_killed_launch_said_of_its_processes_is_not_said_of_the_next(ended_run, monkeypatch):
+    ended_run.write_status({**AT_WORK, "learner_steps": 5})
+    assert ended_run.current_status() == {"run": "r", "state": "lost", "learner_steps": 5}
+    seen = []
+
+    def look(folder, *_):
+        seen.append(folder.current_status())
+        raise RunError("that is enough")
+
+    monkeypatch.setattr(train, "import_stored", look)
+    with pytest.raises(RunError, match="that is enough"):
+        launch(ended_run)
+    assert seen == [{"run": "r", "state": "starting", "learner_steps": 5}]
+
+
+def test_whoever_finds_the_copy_of_a_run_that_imports_sees_that_somebody_is_at_work(there, monkeypatch):
+    seen = []
+
+    def look(folder, *_):
+        seen.append(current_status("r", there))
+        raise RunError("nothing can be learnt from")
+
+    monkeypatch.setattr(train, "import_stored", look)
+    with pytest.raises(RunError, match="nothing can be learnt from"):
+        train_in(created(there, "r", make_config(load_preset("debug"))), lambda config: config, True)
+    assert seen == [{"run": "r", "state": "starting"}]
+    assert current_status("r", there)["state"] == "failed"
 
 
 def test_a_launch_that_fails_before_anybody_has_played_has_failed(ended_run, monkeypatch):

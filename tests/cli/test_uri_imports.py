@@ -59,9 +59,9 @@ class After:
 
 
 def import_into(run: str, runs_dir: str, datasets: list, stop_requested=never) -> list[str]:
-    """Goes on with an import as `resume` does; returns what was told."""
+    """Goes on with an import as `resume --take-over` does; returns what was told."""
     told: list[str] = []
-    with opened(run, runs_dir, pytest.fail) as (folder, copies):
+    with opened(run, runs_dir, pytest.fail, take_over=True) as (folder, copies):
         copies.claim_shards(2)
         import_stored(folder, datasets or folder.read_datasets(), copies, told.append, stop_requested)
         copies.push()
@@ -120,9 +120,28 @@ def test_a_run_at_a_uri_is_imported_by_its_uri_wherever_the_import_goes_on(there
         assert folder.read_datasets() == [f"{there}/r"]
     shutil.rmtree(on_machine("a"))
     on_machine("b")
-    dataset_path.cache_clear()
     [told] = import_into("learns", there, [])
     assert f"{NUM_EPISODES} stored episodes" in told
+
+
+def test_a_run_at_a_uri_is_fetched_without_what_nobody_learns_from_and_removed_after_the_import(
+    there, stored
+):
+    with created(there, "r", OFFLINE) as (folder, copies):
+        copies.claim_shards(2)
+        import_stored(folder, [stored], copies, print, never)
+        for place in (folder.checkpoints, folder.tensorboard, folder.history):
+            place.mkdir(exist_ok=True)
+            (place / "large").write_bytes(b"1")
+        copies.push()
+    fetched = dataset_path(f"{there}/r")
+    found = {path.name for path in fetched.iterdir()}
+    assert "replay" in found and not found & {"checkpoints", "tensorboard", "history"}
+    with created(there, "learns", OFFLINE) as (folder, copies):
+        copies.claim_shards(2)
+        import_stored(folder, [f"{there}/r"], copies, print, never)
+    assert len(list_all_held(folder.replay)) == NUM_EPISODES
+    assert not fetched.exists()
 
 
 def test_a_run_that_would_wait_for_episodes_for_ever_is_refused(there, tmp_path, stored):

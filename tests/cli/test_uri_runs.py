@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 
 from distributed_muzero import checkpoint
+from distributed_muzero.cli.train import check_can_begin
 from distributed_muzero.cluster.program import ReplayShardWorker
 from distributed_muzero.cluster.run_control import Desired
-from distributed_muzero.config import make_config
+from distributed_muzero.config import load_preset, make_config
 from distributed_muzero.errors import RunError
 from distributed_muzero.mirror.download import fetch, names_at
 from distributed_muzero.mirror.uri import local_runs_dir
@@ -179,6 +181,41 @@ def test_who_asks_for_what_a_run_cant_have_does_not_end_it_elsewhere(there, on_m
         copies.push()
         copies.check()
     assert not local_runs_dir(there).exists()
+
+
+def test_who_could_not_go_on_does_not_end_a_run_elsewhere(there, on_machine):
+    with (
+        created(there, "r", make_config(load_preset("debug"))) as (folder, copies),
+        socket.socket() as holder,
+    ):
+        folder.write_status({"run": "r", "state": "running", "env_steps": 500, "learner_steps": 90})
+        checkpoint.write_checkpoint(folder.checkpoints, 80, {"weights": {"w": np.ones(3)}}, {})
+        checkpoint.mark_best(folder.checkpoints, 80, 7.5)
+        copies.push()
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        on_machine("b")
+        for options, message in (
+            (("--max-env-steps", 500), "run r is over: 500 environment steps were played"),
+            (("--max-train-steps", 80), "run r is over: 80 learner steps were made"),
+            (("--stop-at-return", 7), "run r is over: an evaluation reached a mean return of 7.5"),
+            (("--metrics-port", holder.getsockname()[1]), "metrics can't be served"),
+        ):
+            assert message in fail("resume", "r", "--in-process", "--take-over", *options)
+        copies.push()
+        copies.check()
+
+
+def test_a_run_whose_last_steps_were_lost_is_not_over(there, on_machine):
+    """Its status was copied after its last checkpoint: it goes on from that one."""
+    config = make_config({"run": {"max_train_steps": 90}})
+    with created(there, "r", config) as (folder, copies):
+        folder.write_status({"run": "r", "state": "running", "learner_steps": 90})
+        checkpoint.write_checkpoint(folder.checkpoints, 80, {"weights": {"w": np.ones(3)}}, {})
+        copies.push()
+    on_machine("b")
+    with opened("r", there, pytest.fail, True, check=check_can_begin) as (again, _):
+        assert again.read_status()["learner_steps"] == 90
 
 
 def test_a_disk_that_is_a_file_is_told_with_the_variable_that_names_another(there, on_machine):
@@ -433,6 +470,22 @@ def test_a_run_that_has_long_copied_nothing_is_shown_as_lost(place):
     assert current_status("r", place.runs)["state"] == "running"
 
 
+def test_a_run_that_has_said_nothing_yet_is_about_to_start_until_it_has_long_copied_nothing(place):
+    Path(place.uri[7:], "status.json").unlink()
+    assert current_status("r", place.runs) == {"run": "r", "state": "starting"}
+    os.utime(Path(place.uri[7:], "config.yaml"), (1000, 1000))
+    assert current_status("r", place.runs) == {"run": "r", "state": "lost"}
+
+
+def test_a_lost_run_has_counts_and_nobody_at_work(place):
+    status = Path(place.uri[7:], "status.json")
+    status.write_text(
+        '{"run": "r", "state": "running", "env_steps": 9, "actors": {"live": 4}, "metrics": "here"}'
+    )
+    os.utime(status, (1000, 1000))
+    assert current_status("r", place.runs) == {"run": "r", "state": "lost", "env_steps": 9}
+
+
 def test_a_run_that_seldom_copies_is_lost_after_two_of_its_own_pauses(place):
     Path(place.uri[7:], ".owner").write_text('{"interval_seconds": 300}')
     for silent_seconds, state in ((500, "running"), (700, "lost")):
@@ -452,10 +505,23 @@ def test_one_that_copies_again_lives_and_one_that_says_its_over_is_not_waited_fo
     assert Time().wait(place) == 0
 
 
+def test_a_run_that_has_said_nothing_yet_may_live(there, on_machine):
+    with created(there, "r", make_config({})) as (folder, copies):
+        on_machine("b")
+        assert 60 <= Time().wait(Place(there, "r")) <= 61
+
+        def begin(_: str) -> None:
+            folder.write_counts("starting")
+            copies.push()
+
+        with pytest.raises(RunError, match="run 'r' is going on"), opened("r", there, begin):
+            pass
+
+
 def test_a_process_that_has_just_begun_is_waited_for_by_its_own_interval(there, on_machine, monkeypatch):
     with created(there, "r", make_config({})) as (folder, copies):
         folder.begin_launch()
-        folder.write_starting()
+        folder.write_counts("starting")
         copies.push()
         on_machine("b")
         waits = []

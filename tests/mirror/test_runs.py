@@ -26,6 +26,7 @@ from tests.mirror.folders import killed_at
 
 SPEC = EnvironmentSpec("mirrored", (64,), np.dtype(np.float32), (3,))
 STEPS = 40  # of an episode: five of them fill a segment
+SMALL_JOURNAL_BYTES = 3_000
 CONFIG = make_config(
     {
         "replay": {
@@ -39,11 +40,15 @@ CONFIG = make_config(
 )
 
 
+@pytest.fixture(autouse=True)
+def small_journals(monkeypatch):
+    monkeypatch.setattr(replay_store, "MIN_JOURNAL_BYTES", SMALL_JOURNAL_BYTES)
+
+
 class MirroredRun:
     """A tiny run: episodes into a real shard, checkpoints of a few numbers, and the mirrors of both."""
 
     def __init__(self, folder: Path, place: str, name: str):
-        replay_store.MIN_JOURNAL_BYTES = 3_000
         self.folder = folder
         self.name = name
         self.run_mirror = Mirror(folder, place, exclude=("replay",))
@@ -132,7 +137,11 @@ def test_a_kill_at_any_point_of_a_push_leaves_a_copy_that_a_run_goes_on_from(a_u
 
 
 def play_and_push(folder: Path, place: str, name: str, notes: Path) -> None:
-    """Plays for ever, and pushes meanwhile; notes what is acknowledged, and what was when a whole push began."""
+    """Plays for ever, and pushes meanwhile; notes what is acknowledged, and what was when a whole push began.
+
+    In a process of its own.
+    """
+    replay_store.MIN_JOURNAL_BYTES = SMALL_JOURNAL_BYTES
     run = MirroredRun(folder, place, name)
     noted = os.open(notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 

@@ -138,6 +138,23 @@ def test_checkpoints_are_due_by_time_while_an_evaluation_takes_long(run):
         book.close("stopped")
 
 
+def test_the_age_of_a_checkpoint_is_told_once_there_is_one(run):
+    def told(book):
+        book.write_status("running", book._record())
+        return run.read_status()["checkpoint_age_seconds"]
+
+    with Progress(limits=run.config.run) as progress:
+        book = Bookkeeper(run.config, run, progress, launch=run.begin_launch())
+        assert told(book) is None
+        arrays = {"weights": {"w": np.zeros(2, np.float32)}}
+        book.write_checkpoint(arrays, {"learner_steps": 5, "weights_version": 1})
+        assert told(book) >= 0
+        book.close("stopped")
+        book = Bookkeeper(run.config, run, progress, launch=run.begin_launch())
+        assert told(book) >= 0
+        book.close("stopped")
+
+
 def test_what_is_evaluated_for_long_can_still_be_the_best(run):
     with Progress(limits=run.config.run) as progress:
         config = make_config(SMALL, {"learner": {"keep_checkpoints": 1}})
