@@ -332,7 +332,8 @@ def make_config(*layers: Mapping[str, Any]) -> Config:
 def _explain(detail: Any) -> str:
     path = ".".join(str(part) for part in detail["loc"])
     if detail["type"] != "extra_forbidden":
-        return f"{path}: {detail['msg']}; got {detail['input']!r}" if path else str(detail["msg"])
+        problem = str(detail["msg"]).removeprefix("Value error, ")
+        return f"{path}: {problem}; got {detail['input']!r}" if path else problem
     fields: Mapping[str, Any] = Config.model_fields
     for part in detail["loc"][:-1]:
         fields = fields[str(part)].annotation.model_fields

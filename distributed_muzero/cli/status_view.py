@@ -26,6 +26,8 @@ ROWS = (
     ("restarts", "restarts", ""),
     ("undelivered games", "undelivered_episodes", ""),
     ("time", "seconds", " s"),
+    ("metrics", "metrics", ""),
+    ("reason", "reason", ""),
     ("folder", "folder", ""),
 )
 

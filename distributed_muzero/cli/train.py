@@ -17,7 +17,7 @@ import typer
 
 from distributed_muzero.cli import options
 from distributed_muzero.config import Config, make_config, parse_overrides
-from distributed_muzero.errors import DistributedMuZeroError, RunError, RunIsOver
+from distributed_muzero.errors import DistributedMuZeroError, RunError, RunIsOver, first_line
 
 if TYPE_CHECKING:
     from distributed_muzero.run_folder import RunFolder
@@ -313,14 +313,17 @@ def play(book: Bookkeeper, in_process: bool, stop: Stop) -> Ending:
             f"{book.state.learner.learner_steps} learner steps"
         )
     progress.message("starting its workers")
-    status = "failed"
+    status, reason = "failed", None
     # The last copy holds what `close` writes.
     with book.copies.keep_pushing() if book.copies else nullcontext():
         try:
             ending = train_loop(book.config, folder.name, book, stop.is_set)
-            status = "stopped" if ending.was_stopped else "finished"
+            status, reason = "stopped" if ending.was_stopped else "finished", ending.reason
+        except Exception as error:
+            reason = first_line(error)
+            raise
         finally:
-            book.close(status)
+            book.close(status, reason)
     book.tell_of_copies()
     progress.message(f"{status} after {book.state.seconds:.1f} s: {ending.reason}")
     return ending

@@ -31,6 +31,11 @@ ENDINGS = {
 LOSSES = {"loss": "total", "value_loss": "value", "reward_loss": "reward", "policy_loss": "policy"}
 
 
+def ending(status: Status) -> str:
+    """How a run that isn't at work has ended, in words."""
+    return str(status.get("reason") or ENDINGS[status["state"]])
+
+
 class Trails:
     """What a status said in the last minutes of the launch."""
 
@@ -80,7 +85,7 @@ def view(status: Status, trails: Trails, width: int) -> Panel:
     state = str(status["state"])
     head = Text.assemble((state, f"bold {COLOURS.get(state, 'yellow')}"))
     if state in ENDINGS:
-        head.append(f": {ENDINGS[state]}")
+        head.append(f": {ending(status)}")
     if status.get("seconds") is not None:
         head.append(f" · {duration(status['seconds'])}")
     progress = Table.grid(padding=(0, 2))
@@ -138,7 +143,7 @@ def plain_line(status: Status, trails: Trails) -> str:
     """All that matters in one line."""
     state = str(status["state"])
     parts = [
-        f"{status['run']} {state}" + (f": {ENDINGS[state]}" if state in ENDINGS else ""),
+        f"{status['run']} {state}" + (f": {ending(status)}" if state in ENDINGS else ""),
         text_of(status, "seconds", lambda value: f"time {duration(value)}"),
         *(
             " ".join(text for text in row[:2]) + (f" ({row[2]})" if row[2] else "")

@@ -112,6 +112,7 @@ class Bookkeeper:
         self._published: Version | None = None
         self._actor_starts: Counter[int] = Counter()
         self.status: dict[str, Any] = {}
+        self._reason: str | None = None
         # Of this launch's weights: a version is never given to two sets of weights.
         self.first_version = launch.first_version
         if launch.number:
@@ -134,7 +135,7 @@ class Bookkeeper:
         if num_episodes:
             self._undelivered += num_episodes
             self.progress.message(
-                f"{num_episodes} finished games were left with actors that ended: the shards take no more for now"
+                f"finished games left with actors that ended, as the shards took no more by then: {num_episodes}"
             )
 
     def change_config(self, config: Config) -> None:
@@ -337,12 +338,15 @@ class Bookkeeper:
         }
         if self.exporter and is_at_work:
             self.status["metrics"] = f"http://{self.exporter.address}/metrics"
+        if self._reason:
+            self.status["reason"] = self._reason
         if self.copies:
             self.status["copy"] = self.copies.state(self._shards)
         self.folder.write_status(self.status)
 
-    def close(self, status: str) -> None:
-        """The last lines: `status` is finished, stopped or failed."""
+    def close(self, status: str, reason: str | None = None) -> None:
+        """The last lines.   status: finished, stopped or failed.   reason: why, in words."""
+        self._reason = reason
         if status != "failed":
             self._reserve_versions(self.state.learner.weights_version + 1)
         self.write_status(status, self._record())
