@@ -107,7 +107,7 @@ def select_interior(nodes, edges, q_bounds, settings, row, node):
     return best_action
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def write_answers(nodes, edges, settings, action_weights, actions):
     """After the search: π' of each root, exactly 0 where forbidden, and the action that halving has ended with."""
     num_rows, _, num_actions = edges.shape
@@ -140,16 +140,22 @@ def _best_root_action(nodes, edges, settings, row, visits):
 def _improve(nodes, edges, settings, row, node, weights):
     """Writes P(a) · exp(σ(a)), but for one factor, to weights [A], 0 where forbidden. Returns their sum, above 0."""
     unvisited, highest, scale = _completed(nodes, edges, settings, row, node)
-    growth_of_unvisited = np.exp((unvisited - highest) * scale)
+    growth_of_unvisited = _exp((unvisited - highest) * scale)
     total = type(scale)(0)
     for action in range(edges.shape[2]):
         edge = edges[row, node, action]
         weights[action] = 0
         if edge.prior > 0:
-            growth = np.exp((edge.qvalue - highest) * scale) if edge.visits > 0 else growth_of_unvisited
+            growth = _exp((edge.qvalue - highest) * scale) if edge.visits > 0 else growth_of_unvisited
             weights[action] = edge.prior * growth
             total += weights[action]
     return total
+
+
+@register_jitable(forceinline=True)
+def _exp(difference):
+    """exp(difference); a node's best action differs by 0, and needs no computing."""
+    return np.exp(difference) if difference != 0 else type(difference)(1)
 
 
 @register_jitable(forceinline=True)
