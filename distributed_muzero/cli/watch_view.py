@@ -33,7 +33,12 @@ LOSSES = {"loss": "total", "value_loss": "value", "reward_loss": "reward", "poli
 
 def ending(status: Status) -> str:
     """How a run that isn't at work has ended, in words."""
-    return str(status.get("reason") or ENDINGS[status["state"]])
+    state, reason = status["state"], status.get("reason")
+    if reason and state == "finished":
+        return reason
+    if reason and state == "failed":
+        return f"{reason}; `resume` goes on with it"
+    return ENDINGS[state]
 
 
 class Trails:
