@@ -59,12 +59,12 @@ def test_killed_with_its_machine_a_run_goes_on_elsewhere_from_its_last_copy(s3, 
         assert now[: len(before)] == before
         assert now == all_of_them[: len(now)]
 
-    resumed = run("resume", "r", "--take-over", "--max-train-steps", saved_step(s3) + 100)
+    resumed = run("resume", "r", "--take-over", "--max-train-steps", saved_step(s3) + 500)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on from" in resumed.stderr and "Traceback" not in resumed.stderr
     status = current_status("r", s3)
     assert status["state"] == "finished" and status["env_steps"] > copied["env_steps"]
-    assert saved_step(s3) >= step + 100
+    assert saved_step(s3) >= step + 500
     there, here = open_to_read("r", s3).replay, local_runs_dir(s3) / "r" / "replay"
     last = held_ids(there)
     assert last == held_ids(here)
