@@ -17,7 +17,7 @@ LEVELS = [
     {"config", "types"},
     {"search", "environments", "run_folder", "checkpoint", "mirror"},
     {"algorithm", "networks", "observability"},
-    {"replay"},
+    {"replay", "matches"},
     {"workers"},
     {"cluster", "benchmarks"},
     {"chaos"},

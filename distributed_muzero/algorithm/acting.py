@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -157,6 +157,16 @@ class Game:
         return int(self.env.to_play()) if hasattr(self.env, "to_play") else 0
 
 
+class Decision(NamedTuple):
+    """What a search says of the games that it was asked for, a row each."""
+
+    legal_masks: np.ndarray  # [B, A] bool
+    policies: np.ndarray  # [B, A] untempered
+    root_values: np.ndarray  # [B]
+    actions: np.ndarray  # [B] to be played
+    seconds: float  # that the search took
+
+
 def act(
     games: Sequence[Game],
     model: SearchModel,
@@ -168,10 +178,31 @@ def act(
     rng: np.random.Generator,
     num_simulations: int | None = None,
 ) -> float:
-    """One step of every game, through one batched search. Temperature 0 plays the most visited action.
+    """One step of every game, as `decide` says. Returns the seconds that the search took."""
+    made = decide(
+        games, model, config, discount, temperature, noise=noise, rng=rng, num_simulations=num_simulations
+    )
+    for row, game in enumerate(games):
+        game.play(
+            made.legal_masks[row], made.policies[row], int(made.actions[row]), float(made.root_values[row])
+        )
+    return made.seconds
+
+
+def decide(
+    games: Sequence[Game],
+    model: SearchModel,
+    config: SearchConfig,
+    discount: float,
+    temperature: float,
+    *,
+    noise: bool,
+    rng: np.random.Generator,
+    num_simulations: int | None = None,
+) -> Decision:
+    """One batched search over all games. Temperature 0 takes the most visited action.
 
     With the policy "gumbel" the search decides for the action, whatever the temperature (decision 21).
-    Returns the seconds that the search took.
     """
     legal = np.stack([game.read_mask() for game in games])
     observations = np.stack([game.history for game in games])
@@ -194,9 +225,7 @@ def act(
     seconds = time.perf_counter() - began
     if actions is None:
         actions = choose_actions(result.visit_counts, temperature, rng)
-    for row, game in enumerate(games):
-        game.play(legal[row], result.action_weights[row], int(actions[row]), float(result.root_values[row]))
-    return seconds
+    return Decision(legal, result.action_weights, result.root_values, actions, seconds)
 
 
 def choose_actions(visit_counts: np.ndarray, temperature: float, rng: np.random.Generator) -> np.ndarray:

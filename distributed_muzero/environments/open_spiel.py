@@ -87,6 +87,11 @@ class OpenSpielEnvironment:
     def truncated(self) -> bool:
         return self._truncated
 
+    @property
+    def state(self) -> Any:
+        """OpenSpiel's own state, for players who know the rules; only to be looked at, or cloned."""
+        return self._state
+
     def close(self) -> None:
         pass
 

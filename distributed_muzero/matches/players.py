@@ -1,0 +1,81 @@
+"""Who plays in a match: anything that chooses an action for each of several games."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from distributed_muzero.algorithm.acting import Game, decide
+from distributed_muzero.config import SearchConfig
+from distributed_muzero.networks.inference import SearchModel
+
+
+class Player(Protocol):
+    """One side of a match. A player may be asked for games of both sides at once, but only for its own turns."""
+
+    name: str
+    # Whether it always plays the same in the same position: two such players need openings that differ.
+    is_deterministic: bool
+
+    def choose(self, games: Sequence[Game], rng: np.random.Generator) -> Sequence[int]:
+        """A legal flat action for each game; it is this player's turn in all of them."""
+
+
+class RandomPlayer:
+    """Plays any legal action, all equally likely."""
+
+    name = "random"
+    is_deterministic = False
+
+    def choose(self, games: Sequence[Game], rng: np.random.Generator) -> list[int]:
+        return [int(rng.choice(np.flatnonzero(game.read_mask()))) for game in games]
+
+
+class SearchPlayer:
+    """Networks with a search: greedy and without noise, all games through one batched search."""
+
+    is_deterministic = True
+
+    def __init__(
+        self,
+        name: str,
+        model: SearchModel,
+        search: SearchConfig,
+        discount: float,
+        num_simulations: int | None = None,
+    ):
+        """num_simulations: in place of the search's own."""
+        self.name = name
+        self.model = model
+        self.search = search
+        self.discount = discount
+        self.num_simulations = num_simulations
+
+    def choose(self, games: Sequence[Game], rng: np.random.Generator) -> np.ndarray:
+        return decide(
+            games,
+            self.model,
+            self.search,
+            self.discount,
+            0.0,
+            noise=False,
+            rng=rng,
+            num_simulations=self.num_simulations,
+        ).actions
+
+
+class PriorPlayer:
+    """Networks without a search: the legal action with the highest prior."""
+
+    is_deterministic = True
+
+    def __init__(self, name: str, model: SearchModel):
+        self.name = name
+        self.model = model
+
+    def choose(self, games: Sequence[Game], rng: np.random.Generator) -> np.ndarray:
+        _, logits = self.model.initial(np.stack([game.history for game in games]), 1)
+        legal = np.stack([game.read_mask() for game in games])
+        return np.where(legal, logits, -np.inf).argmax(1)
