@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -128,6 +129,8 @@ class ActorConfig(Section):
     timeout_seconds: Annotated[float, Field(ge=30)] = 60.0
     # (from learner step, temperature), rising steps
     temperatures: tuple[tuple[int, float], ...] = ((0, 1.0),)
+    # each game begins after 0 … so many random moves, which are not learnt from: else what nobody would play stays unknown
+    opening_plies: Annotated[int, Field(ge=0)] = 0
     max_unacknowledged: Positive = 64  # finished episodes without acknowledgement before the actor waits
 
     # writes what was offered to the shards and what they answered to <run>/history, to be checked
@@ -209,11 +212,29 @@ class LearnerConfig(Section):
         return self
 
 
+OPPONENT = re.compile(r"random|minimax|mcts:([1-9]\d{0,6})")  # who else may play a game of two
+
+
 class EvaluatorConfig(Section):
-    num_episodes: Positive = 20
+    num_episodes: Positive = 20  # in a game of two players, games against the opponent
     # at least, between two checkpoints and their evaluations
     interval_seconds: Annotated[float, Field(ge=0)] = 3.0
     num_simulations: Positive | None = None  # none = the search's own
+
+    # two players only: random, minimax or mcts:SIMS; the last two know the rules, of openspiel: environments
+    opponent: str = "random"
+    # two players only: earlier checkpoints that each one meets, for its Elo rating; 0 = no league
+    league_size: Annotated[int, Field(ge=0)] = 4
+    # with each of them; an even number, as each opening is played with both colours
+    league_games: Annotated[int, Field(gt=0, multiple_of=2)] = 8
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluatorConfig:
+        if not OPPONENT.fullmatch(self.opponent):
+            raise ValueError(
+                f"opponent {self.opponent!r}: expected random, minimax or mcts:SIMS, such as mcts:100"
+            )
+        return self
 
 
 class MetricsConfig(Section):
@@ -258,6 +279,12 @@ class Config(Section):
         if slack is not None and slack < rows:
             raise ValueError(
                 f"replay.error_buffer {slack} is below learner.batch_size {rows}: nothing would move"
+            )
+        opponent, environment = self.evaluator.opponent, self.environment.id
+        if opponent != "random" and not environment.startswith("openspiel:"):
+            raise ValueError(
+                f"evaluator.opponent {opponent} knows the rules of openspiel: environments only, and environment.id is "
+                f"{environment}; set it to random, or choose the game from OpenSpiel"
             )
         if self.is_offline and self.actor.autoscale is not None:
             raise ValueError("actor.autoscale needs actors: actor.num_actors is 0")

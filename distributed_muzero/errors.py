@@ -7,6 +7,7 @@ DistributedMuZeroError            each message says what came, what was expected
 ├── ContractError                 shapes, masks and numbers handed to planning, acting, training
 ├── NonFiniteError                NaN or Inf from an environment or a network, with step and seed
 ├── RunError                      the run's name, its folder, a run that exists or doesn't
+│   ├── RunTakenOver              another process goes on with it
 │   └── RunIsOver                 a limit was reached in an earlier launch
 ├── ClusterError                  no Ray cluster, a token it refuses, a job it refuses
 ├── CheckpointError               a checkpoint that is missing, incomplete or corrupt
@@ -47,6 +48,10 @@ class NonFiniteError(DistributedMuZeroError):
 
 class RunError(DistributedMuZeroError):
     """The run's name or folder."""
+
+
+class RunTakenOver(RunError):
+    """A run that goes on in another process, which has taken it over."""
 
 
 class RunIsOver(RunError):

@@ -33,11 +33,12 @@ FIXED: dict[str, tuple[str, ...]] = {
     "run": ("seed",),
 }
 MAX_LISTED = 20  # runs named in an error
-# Of a status: what is so only while somebody is at work.
+AT_WORK = ("starting", "running", "laying out")  # what the status says of a run that may live
+# Of a status: what is so only while somebody is at work, or of the launch that wrote it.
 OF_THE_MOMENT = frozenset(
     {
         "actors", "reanalysers", "env_steps_per_second", "learner_steps_per_second", "staleness", "actors_waiting",
-        "learner_waiting", "checkpoint_age_seconds", "disk_free_bytes", "metrics", "copy",
+        "learner_waiting", "checkpoint_age_seconds", "disk_free_bytes", "metrics", "copy", "reason", "seconds",
     }
 )  # fmt: skip
 
@@ -197,12 +198,16 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"can't write {self.status_file}: {error}; the old one is intact") from error
 
-    def write_counts(self, state: str) -> None:
-        """The status of a launch in which nobody plays, yet or any more: the last one's counts. Raises RunError."""
+    def write_counts(self, state: str, reason: str | None = None) -> None:
+        """The status of a launch in which nobody plays, yet or any more: the last one's counts. Raises RunError.
+
+        reason: why it is so, in words.
+        """
         before = None
         with suppress(RunError):
             before = self.read_status()
-        self.write_status(counts_of(before or {}, self.name, state))
+        status = {**counts_of(before or {}, self.name, state), "updated": now_text()}
+        self.write_status({**status, "reason": reason} if reason else status)
 
     def read_status(self) -> dict[str, Any] | None:
         """The last status; None before the first. Raises RunError if the file can't be read."""
@@ -218,10 +223,15 @@ class RunFolder:
     def current_status(self) -> dict[str, Any]:
         """The last status, with state `lost` where it says running and no process on this machine goes on."""
         status = self.read_status() or {"run": self.name, "state": "starting"}
-        if status["state"] in ("running", "starting"):
+        if status["state"] in AT_WORK:
             with suppress(RunError), self.locked():
                 return counts_of(status, self.name, "lost")
         return status
+
+
+def now_text() -> str:
+    """This moment, as a status tells when it was written."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def counts_of(status: Mapping[str, Any], run: str, state: str) -> dict[str, Any]:

@@ -189,6 +189,29 @@ def test_datasets_to_import_are_remembered_until_they_are_in(tmp_path):
     assert run.read_datasets() == []
 
 
+def test_a_launch_that_fails_before_anybody_plays_tells_its_own_reason_beside_the_last_counts(tmp_path):
+    run = create_run(tmp_path, "a", Config())
+    last = {"state": "finished", "reason": "500 steps were made", "seconds": 9.0, "learner_steps": 500}
+    run.write_status({**last, "updated": "2026-01-01T00:00:00+00:00"})
+    run.write_counts("starting")
+    status = run.read_status()
+    began = datetime.datetime.fromisoformat(status.pop("updated")).timestamp()
+    assert status == {"run": "a", "state": "starting", "learner_steps": 500}
+    assert abs(began - time.time()) < 5
+    run.write_counts("failed", "no episode can be learnt from")
+    assert run.read_status()["reason"] == "no episode can be learnt from"
+    assert run.read_status()["learner_steps"] == 500
+
+
+@pytest.mark.parametrize("state", ["starting", "running", "laying out"])
+def test_a_run_that_nobody_goes_on_with_is_lost(tmp_path, state):
+    run = create_run(tmp_path, "a", Config())
+    run.write_counts(state)
+    assert run.current_status()["state"] == "lost"
+    with run.locked():
+        assert run.current_status()["state"] == state
+
+
 def test_status_is_replaced_whole(tmp_path):
     run = create_run(tmp_path, "a", Config())
     assert run.read_status() is None

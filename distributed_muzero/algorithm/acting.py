@@ -103,6 +103,18 @@ class Game:
         self.is_over = bool(is_terminal)
         self.players.append(self._player())
 
+    def play_opening(self, num_moves: int, rng: np.random.Generator) -> None:
+        """Plays random legal moves, and forgets them: the episode begins behind them. It may be over by then."""
+        for _ in range(num_moves):
+            if not self.is_over:
+                legal = self.read_mask()
+                self.play(legal, np.zeros(len(legal)), int(rng.choice(np.flatnonzero(legal))), 0.0)
+        for made in (self.legal_masks, self.actions, self.rewards, self.policies, self.root_values):
+            made.clear()
+        del self.observations[:-1], self.players[:-1]
+        # As the learner will see it, who knows nothing of what was before.
+        self.history[:-1] = 0
+
     @property
     def truncated(self) -> bool:
         return bool(getattr(self.env, "truncated", False))

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from distributed_muzero import run_folder
 from distributed_muzero.cli import options
 from distributed_muzero.cli.train import asks_for_shards
 from distributed_muzero.errors import ClusterError, ConfigError, RunError, RunIsOver
@@ -21,7 +22,7 @@ STOP_SECONDS = 60.0
 WATCH_SECONDS = 2.0
 WATCH_URI_SECONDS = 5.0  # each look is several requests
 MAX_FAILURES = 5  # looks in a row that fail while a run is watched
-AT_WORK = ("pending", "starting", "running", "laying out")
+AT_WORK = ("pending", *run_folder.AT_WORK)
 WATCH_JOB_SECONDS = 600.0  # of one small job that watches for somebody outside
 
 Address = Annotated[

@@ -152,20 +152,25 @@ def named_dataset(text: str) -> Path | str:
 @cache
 def dataset_path(dataset: Path | str) -> Path:
     """Where a dataset lies on this machine: a run at a URI is fetched, once. Raises RunError."""
+    from distributed_muzero.mirror.uri import is_uri
     from distributed_muzero.workers.runs import open_to_read
 
-    return open_to_read(dataset, options.RUNS, NOT_LEARNT_FROM).path if isinstance(dataset, str) else dataset
+    if is_uri(dataset):
+        return open_to_read(str(dataset), options.RUNS, NOT_LEARNT_FROM).path
+    return Path(dataset)
 
 
 @contextmanager
 def dataset_paths(datasets: Sequence[Path | str]) -> Iterator[list[Path]]:
     """The last use of them in this process: what was fetched is removed afterwards. Raises RunError."""
+    from distributed_muzero.mirror.uri import is_uri
+
     paths = [dataset_path(dataset) for dataset in datasets]
     try:
         yield paths
     finally:
         for dataset, path in zip(datasets, paths, strict=True):
-            if isinstance(dataset, str):
+            if is_uri(dataset):
                 shutil.rmtree(path, ignore_errors=True)
         dataset_path.cache_clear()
 
@@ -236,13 +241,16 @@ def train_in(
             folder.write_config()
             datasets = datasets or folder.read_datasets()
             if copies and (in_process or datasets):
-                copies.claim_shards(config.replay.num_shards)
+                # What is fetched may be much: meanwhile the run's own copy shows that somebody is at work.
+                with copies.keep_pushing(once_more=False):
+                    copies.claim_shards(config.replay.num_shards)
             import_stored(folder, datasets, copies, progress.message, stop.is_set)
         if stop.is_set():
-            folder.write_counts("stopped")
+            reason = "a stop was asked for"
+            folder.write_counts("stopped", reason)
             if copies:
                 copies.push()
-            progress.message(f"stopped after {time.monotonic() - began:.1f} s: a stop was asked for")
+            progress.message(f"stopped after {time.monotonic() - began:.1f} s: {reason}")
             return
         if copies:
             copies.push()
@@ -290,9 +298,9 @@ def starting(folder: RunFolder, copies: Copies | None) -> Iterator[None]:
             # Before an import, which may take long: whoever finds the copy sees that somebody is at work.
             copies.push()
         yield
-    except DistributedMuZeroError:
+    except DistributedMuZeroError as error:
         with suppress(RunError):
-            folder.write_counts("failed")
+            folder.write_counts("failed", first_line(error))
             if copies:
                 copies.push()
         raise
@@ -351,7 +359,7 @@ def import_stored(
     from distributed_muzero.workers.builder import Builder
 
     pushing = copies.keep_pushing(once_more=False) if copies else nullcontext()
-    with dataset_paths(datasets) as paths, pushing:
+    with pushing, dataset_paths(datasets) as paths:
         counts = import_datasets(paths, folder.replay, Builder(folder.config, folder.name), stop_requested)
     if copies:
         # Before the copy may say that nothing is left to import.

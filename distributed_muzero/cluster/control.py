@@ -64,7 +64,7 @@ def status_by(job: RunJob, status: Mapping[str, Any]) -> dict[str, Any]:
     is_old = job.started is None or written is None or written < job.started
     if job.goes_on:
         return {**({} if is_old else status), "run": job.run, "state": job.state}
-    if not is_old and status.get("state") in ("finished", "stopped"):
+    if not is_old and status.get("state") in ("finished", "stopped", "failed"):
         return {**status, "run": job.run}
     return counts_of(status, job.run, job.state)
 

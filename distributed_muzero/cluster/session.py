@@ -47,6 +47,7 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
 def change_shards(book: Bookkeeper, desired: Desired, control: Any) -> Desired:
     """Lays the replay out for as many shards as are desired; where that fails, the run goes on with those it had."""
     book.progress.message(f"laying out the replay for {desired.num_shards} shards")
+    book.folder.write_counts("laying out")
     ray.wait([control.exchange.remote({**book.status, "state": "laying out"})], timeout=EXCHANGE_SECONDS)
     config = with_shards(book.config, desired.num_shards)
     try:

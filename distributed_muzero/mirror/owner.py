@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from distributed_muzero.errors import RunError
+from distributed_muzero.errors import RunError, RunTakenOver
 from distributed_muzero.files import sync_folder, write_atomically
 from distributed_muzero.mirror.download import download, remote_files
 from distributed_muzero.mirror.plan import Stamp, Unsteady, has_lost, look
@@ -297,7 +297,7 @@ class OwnedCopy:
             self._write_owner()
             self._forget_old_tokens()
         elif token != self._tokens[-1]:
-            self._replaced_by = RunError(
+            self._replaced_by = RunTakenOver(
                 f"{self.local} is no longer copied to {shown(self.uri)}: {_describe(data)} has taken the run over; "
                 "stop that one first if this one is to go on"
             )

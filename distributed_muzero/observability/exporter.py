@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from distributed_muzero.config import MetricsConfig
-from distributed_muzero.errors import RunError
+from distributed_muzero.errors import RunError, RunTakenOver
 from distributed_muzero.files import write_atomically
 from distributed_muzero.observability.metrics import PREFIX, metric_of
 from distributed_muzero.run_folder import RunFolder
@@ -81,7 +81,10 @@ class Exporter(Collector):
         return ()
 
     def close(self, forget: bool = True) -> None:
-        """forget: the file for Prometheus goes too; else it finds that the run doesn't answer, and tells."""
+        """forget: the file for Prometheus goes too; else it finds that the run doesn't answer, and tells.
+
+        A run that was taken over goes on elsewhere: nothing is to be told here.
+        """
         if self._target_file and forget:
             _remove(self._target_file)
         self._server.shutdown()
@@ -92,7 +95,7 @@ class Exporter(Collector):
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        self.close(forget=error is None)
+        self.close(forget=error is None or issubclass(error, RunTakenOver))
 
 
 def families(run: str, values: Mapping[str, float]) -> Iterator[Metric]:

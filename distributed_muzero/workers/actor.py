@@ -113,9 +113,11 @@ class Actor:
         wait_seconds = FIRST_WAIT_SECONDS
 
         def deliver() -> None:
-            waits_since = clock()
+            waits_since, was_blocked = clock(), outbox.is_blocked
             outbox.flush(report)
-            report.waited_seconds += clock() - waits_since
+            # An answer that takes its time is no waiting for the learner: more actors would hide it.
+            if was_blocked or outbox.is_blocked:
+                report.waited_seconds += clock() - waits_since
 
         while not is_over():
             if outbox.is_blocked:
@@ -148,7 +150,10 @@ class Actor:
 
     def _start(self, env: Environment) -> Game:
         seed = int(self._rng.integers(2**31))
-        return Game(env, self.config.environment.history_length, seed)
+        game = Game(env, self.config.environment.history_length, seed)
+        if longest := self.config.actor.opening_plies:
+            game.play_opening(int(self._rng.integers(longest + 1)), self._rng)
+        return Game(env, self.config.environment.history_length, seed) if game.is_over else game
 
     def _finish(self, game: Game, model: SearchModel) -> Episode:
         # A time limit is no ending: the final observation is worth what the network says (decision 3).

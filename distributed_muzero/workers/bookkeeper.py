@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import shutil
 import time
 from collections import Counter
@@ -17,9 +16,11 @@ from distributed_muzero import checkpoint
 from distributed_muzero.config import Config, RunConfig
 from distributed_muzero.errors import CheckpointError, RunError
 from distributed_muzero.observability.exporter import Exporter
+from distributed_muzero.observability.metrics import evaluation_metrics
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.observability.recorder import Recorder
-from distributed_muzero.run_folder import FIRST_LAUNCH, Launch, RunFolder
+from distributed_muzero.run_folder import FIRST_LAUNCH, Launch, RunFolder, now_text
+from distributed_muzero.workers.league import League, is_number
 from distributed_muzero.workers.run_copy import Copies, interval_seconds
 from distributed_muzero.workers.run_state import ActorReport, Crew, LearnerReport, RunState, Version
 
@@ -63,7 +64,11 @@ def why_over(folder: RunFolder) -> str | None:
     """Which limit or goal a run has reached before it is launched again, in words; changes nothing."""
     best = checkpoint.best_checkpoint(folder.checkpoints)
     stand = read_stand(folder, lambda _: None)
-    return why_over_by(folder.config.run, {**stand._asdict(), "evaluation": best and best.mean_return})
+    # With a league the best is the one with the highest Elo; the last one may have reached the goal all the same.
+    reached = [line.get("mean_return") for line in folder.read_evaluations()[-1:]]
+    reached += [best.mean_return] if best else []
+    evaluation = max(filter(is_number, reached), default=None)
+    return why_over_by(folder.config.run, {**stand._asdict(), "evaluation": evaluation})
 
 
 def why_over_by(limits: RunConfig, counts: Mapping[str, Any]) -> str | None:
@@ -73,6 +78,15 @@ def why_over_by(limits: RunConfig, counts: Mapping[str, Any]) -> str | None:
     if counts.get("evaluation") is not None:
         state.evaluation = {"mean_return": counts["evaluation"]}
     return state.stop_reason()
+
+
+def is_best(evaluation: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
+    """Whether an evaluation makes its checkpoint the best: by Elo where there is a league, else by the mean return.
+
+    A tie goes to the newer one. Against an opponent that is always beaten, all mean returns are the same.
+    """
+    key = "elo" if "elo" in evaluation else "mean_return"
+    return evaluation[key] >= (best or {}).get(key, -np.inf)
 
 
 class Bookkeeper:
@@ -93,12 +107,13 @@ class Bookkeeper:
         self.folder = folder
         self.progress = progress
         self.state = RunState(config.run, clock)
+        self.league = League(folder, config.evaluator.league_size, progress.message)
         self._clock = clock
         self._recorder = Recorder(folder)
         self._next_tick = clock() + TICK_SECONDS
         self._last_evaluation = self._last_checkpoint = clock()
         self._evaluated_step = self._saved_step = 0
-        self._best_return = -np.inf
+        self._best: Mapping[str, Any] | None = None  # its evaluation
         self._shown_rejections: set[str] = set()
         self._told_losses = dict.fromkeys(LOSSES, 0)
         self.launch = launch
@@ -154,19 +169,33 @@ class Bookkeeper:
         self._evaluated_step = self._saved_step = stand.learner_steps
         self.state.restore(*stand)
         best = checkpoint.best_checkpoint(self.folder.checkpoints)
-        if best is not None:
-            self._best_return = best.mean_return
-        else:
-            self._mark_best_again()
+        evaluations = self._stored_evaluations()
+        if best is None:
+            self._mark_best_again(evaluations)
+            return
+        of_the_best = [line for line in evaluations if line["learner_steps"] == best.step]
+        self._best = {**of_the_best[-1], "mean_return": best.mean_return} if of_the_best else best._asdict()
 
-    def _mark_best_again(self) -> None:
+    def _stored_evaluations(self) -> list[dict[str, Any]]:
+        """Steps, mean return, and the Elo rating of those that have one."""
+        names = ("learner_steps", "mean_return", "elo")
+        lines = [
+            {name: line[name] for name in names if is_number(line.get(name))}
+            for line in self.folder.read_evaluations()
+        ]
+        return [line for line in lines if {"learner_steps", "mean_return"} <= line.keys()]
+
+    def _mark_best_again(self, evaluations: Sequence[Mapping[str, Any]]) -> None:
         """By the evaluations, of the checkpoints that are still there."""
-        for line in self.folder.read_evaluations():
-            step, mean_return = line.get("learner_steps"), line.get("mean_return")
-            if isinstance(step, int) and isinstance(mean_return, float) and mean_return >= self._best_return:
+        for line in evaluations:
+            if is_best(line, self._best):
                 with suppress(CheckpointError):
-                    checkpoint.mark_best(self.folder.checkpoints, step, mean_return)
-                    self._best_return = mean_return
+                    self._mark_best(line)
+
+    def _mark_best(self, evaluation: Mapping[str, Any]) -> None:
+        step, mean_return = evaluation["learner_steps"], evaluation["mean_return"]
+        checkpoint.mark_best(self.folder.checkpoints, step, mean_return)
+        self._best = evaluation
 
     def add_actor_report(self, report: ActorReport) -> None:
         """Counts what an actor did. A refusal is shown once for each kind of it."""
@@ -222,6 +251,9 @@ class Bookkeeper:
             "checkpoint/age_seconds": self._clock() - self._last_checkpoint,
             "disk/free_bytes": shutil.disk_usage(self.folder.path).free,
         }
+        if self.league.members or self.league.num_lost:
+            metrics["league/members"] = len(self.league.members)
+            metrics["league/lost_members"] = self.league.num_lost
         if self._checkpoint_seconds is not None:
             metrics["checkpoint/seconds"] = self._checkpoint_seconds
         if self._published is not None:
@@ -272,8 +304,8 @@ class Bookkeeper:
         self._last_checkpoint = self._clock()
         self._checkpoint_seconds = self._last_checkpoint - began
         # The one that is being evaluated may turn out to be the best.
-        keep = self.config.learner.keep_checkpoints
-        checkpoint.prune_checkpoints(self.folder.checkpoints, keep, {self._evaluated_step})
+        spared = {self._evaluated_step, *self.league.steps}
+        checkpoint.prune_checkpoints(self.folder.checkpoints, self.config.learner.keep_checkpoints, spared)
         return path
 
     def begin_evaluation(self, learner_steps: int) -> None:
@@ -281,16 +313,23 @@ class Bookkeeper:
         self._last_evaluation, self._evaluated_step = self._clock(), learner_steps
 
     def add_evaluation(self, result: Mapping[str, Any], path: Path, learner_steps: int) -> None:
-        """Records an evaluation of the checkpoint at `path`; the best one so far is kept from pruning."""
+        """Records an evaluation of the checkpoint at `path`; the best one so far is kept from pruning.
+
+        With games against the `league`, the checkpoint gets its rating by them, and joins.
+        """
         result = {**result, "checkpoint": path.name, "learner_steps": learner_steps}
+        if "league" in result and self.league.size:
+            result["elo"] = self.league.rate(result["league"])
         self.state.evaluation = result
         self._recorder.record_evaluation(
             {**result, "env_steps": self.state.env_steps, "seconds": self.state.seconds}
         )
-        self._show({f"eval/{name}": result[name] for name in ("mean_return", "std_return")})
-        if result["mean_return"] >= self._best_return and path.exists():
-            self._best_return = result["mean_return"]
-            checkpoint.mark_best(self.folder.checkpoints, learner_steps, self._best_return)
+        self._show(evaluation_metrics(result))
+        if path.exists():
+            if "elo" in result:
+                self.league.join(learner_steps, result["elo"])
+            if is_best(result, self._best):
+                self._mark_best(result)
         self._last_evaluation = self._clock()
 
     def write_status(self, status: str, metrics: Mapping[str, float]) -> None:
@@ -322,6 +361,8 @@ class Bookkeeper:
             "learner_waiting": rates.get("train/waiting"),
             "mean_return": metrics.get("rollout/ep_rew_mean"),
             "evaluation": state.evaluation and state.evaluation["mean_return"],
+            "score": state.evaluation and state.evaluation.get("score"),
+            "elo": state.evaluation and state.evaluation.get("elo"),
             "losses": {
                 name.partition("/")[2]: value
                 for name, value in state.learner.metrics.items()
@@ -334,7 +375,7 @@ class Bookkeeper:
             "checkpoint_age_seconds": rates.get("checkpoint/age_seconds") if self._saved_step else None,
             "disk_free_bytes": rates.get("disk/free_bytes"),
             "seconds": round(state.seconds, 1),
-            "updated": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "updated": now_text(),
         }
         if self.exporter and is_at_work:
             self.status["metrics"] = f"http://{self.exporter.address}/metrics"

@@ -160,6 +160,7 @@ class RunState:
         self.learner = LearnerReport()
         self.evaluation: dict[str, Any] | None = None
         self.waiting = self._last_waiting = Waiting()
+        self._shares = {"actors/waiting": 0.0, "train/waiting": 0.0}
         self._steady = Steady()
 
     @property
@@ -235,6 +236,11 @@ class RunState:
         )
         self._last_time, self._last_counts = now, counts
         waiting, self._last_waiting = self.waiting.since(self._last_waiting), self.waiting
+        # Who waits for an answer, or searches for long, reports nothing meanwhile: what was last known still holds.
+        if waiting.actor_seconds > 0:
+            self._shares["actors/waiting"] = waiting.actor_share
+        if waiting.learner_seconds > 0:
+            self._shares["train/waiting"] = waiting.learner_share
         metrics = {
             "time/seconds": self.seconds,
             "rollout/env_steps": self.env_steps,
@@ -245,9 +251,8 @@ class RunState:
             "search/seconds": self.search_seconds,
             "train/learner_steps": self.learner.learner_steps,
             "train/learner_steps_per_second": learner_rate,
-            "actors/waiting": waiting.actor_share,
+            **self._shares,
             "actors/waited_seconds": self.waiting.actor_waited,
-            "train/waiting": waiting.learner_share,
             "train/waited_seconds": self.waiting.learner_waited,
             "queue/batches": self.learner.ready_batches,
             "reanalyse/positions": self.refreshed,

@@ -23,6 +23,7 @@ from distributed_muzero.mirror.mirror import ALIVE
 from distributed_muzero.mirror.owner import interval_at
 from distributed_muzero.mirror.plan import step_of
 from distributed_muzero.run_folder import (
+    AT_WORK,
     NAME,
     RunFolder,
     config_of,
@@ -37,7 +38,6 @@ from distributed_muzero.run_folder import (
 from distributed_muzero.workers.run_copy import INTERVAL_SECONDS, Copies, interval_seconds
 
 FETCHED = ".fetched"  # no run has such a name
-GOING_ON = ("starting", "running")  # what the status says of a run that may live
 # One that says so and has copied nothing for so many intervals is taken for dead.
 SILENT_INTERVALS = 2
 POLL_SECONDS = 1.0
@@ -238,7 +238,7 @@ def _signs_of_life(place: Place) -> tuple[object, ...] | None:
     One that has said nothing yet is about to start.
     """
     status, changed_at = _status_at(place)
-    if status.get("state", "starting") not in GOING_ON:
+    if status.get("state", "starting") not in AT_WORK:
         return None
     return status, changed_at, read_at(place.uri, ALIVE)
 
@@ -296,7 +296,7 @@ def _current_status_at(place: Place) -> dict[str, Any]:
         # Its first copy has a config alone.
         status = {"run": place.name, "state": "starting"}
         changed_at = read_at(place.uri, "config.yaml")[1]
-    if status.get("state") not in GOING_ON:
+    if status.get("state") not in AT_WORK:
         return status
     last_sign = max(changed_at or 0.0, read_at(place.uri, ALIVE)[1] or 0.0)
     silence = time.time() - last_sign

@@ -68,6 +68,7 @@ def test_a_run_that_ends_wants_no_actors():
     ("job", "folder", "updated", "told"),
     [
         ("failed", "stopped", BEFORE, "failed"),
+        ("failed", "failed", AFTER, "failed"),
         ("failed", "stopped", None, "failed"),
         ("failed", "running", AFTER, "failed"),
         ("stopped", "finished", BEFORE, "stopped"),
@@ -78,7 +79,8 @@ def test_a_run_that_ends_wants_no_actors():
 def test_of_a_job_that_has_ended_the_folder_tells_how_unless_it_was_written_before(
     job, folder, updated, told
 ):
-    status = {"state": folder, "learner_steps": 7, **({"updated": updated} if updated else {})}
+    reason = {"reason": "no room"} if updated == AFTER and folder == told else {}
+    status = {"state": folder, "learner_steps": 7, **reason, **({"updated": updated} if updated else {})}
     found = status_by(RunJob("r", "r-launch-2", job, START, START + 9, None), status)
     assert found == {**status, "run": "r", "state": told}
 

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from distributed_muzero.config import Config, MetricsConfig
-from distributed_muzero.errors import RunError
+from distributed_muzero.errors import RunError, RunTakenOver
 from distributed_muzero.observability.exporter import Exporter, check_port, families, serve_metrics
 from distributed_muzero.observability.metrics import METRICS
 from distributed_muzero.run_folder import create_run
@@ -81,6 +81,13 @@ def test_the_file_of_a_run_that_fails_stays_for_the_alarm_and_goes_with_the_next
         scrape(exporter)
     with serve_metrics(folder.with_config(Config())) as nothing:
         assert nothing is None and not file.exists()
+
+
+def test_a_run_that_goes_on_elsewhere_is_not_told_to_be_down(tmp_path):
+    folder = create_run(tmp_path, "first", Config(metrics=ANY))
+    with pytest.raises(RunTakenOver), serve_metrics(folder):
+        raise RunTakenOver("another machine has taken the run over")
+    assert not (tmp_path / ".prometheus" / "first.json").exists()
 
 
 def test_where_all_addresses_answer_prometheus_is_told_one_that_others_can_reach():

@@ -14,6 +14,7 @@ from distributed_muzero.workers.actor import Actor
 from distributed_muzero.workers.builder import Builder
 from distributed_muzero.workers.evaluator import Evaluator
 from distributed_muzero.workers.outbox import Outbox
+from distributed_muzero.workers.replay_shard import InsertReply
 
 
 def make_builder(environment_id="CartPole-v1", /, **sections):
@@ -116,6 +117,22 @@ def test_temperature_falls_with_the_learners_step():
     actor.close()
 
 
+def test_games_begin_after_random_moves_that_are_not_kept():
+    builder = make_builder(
+        "openspiel:tic_tac_toe", actor={"opening_plies": 4, "envs_per_actor": 8}, search={"num_simulations": 2}
+    )
+    episodes = played(builder, 200)
+    starts = Counter(int((episode.observations[0][:2] != 0).sum()) for episode in episodes)
+    # As many moves are behind a game as pieces lie on the board; each number is as likely as the others.
+    assert starts.keys() == {0, 1, 2, 3, 4} and min(starts.values()) > len(episodes) / 10
+    for episode in episodes:
+        validate(episode, builder.spec, 100)
+        num_played = int((episode.observations[0][:2] != 0).sum())
+        assert episode.to_play[0] == num_played % 2
+        assert (episode.policies.sum(1) > 0.999).all()
+        assert (episode.observations[:-1, :2].any(1).sum((1, 2)) == num_played + np.arange(episode.num_steps)).all()
+
+
 def test_games_in_lockstep_do_not_reach_each_other():
     """A game that ended gives its place to a new one while its neighbours go on undisturbed."""
     builder = make_builder()
@@ -141,6 +158,24 @@ def test_with_no_shard_in_reach_an_actor_waits_and_holds_a_bounded_number_of_epi
     # Three games end together every third step: 3, then 6, which is over 4; the rest is waiting.
     assert len(outbox) == 6 and report.env_steps == 18 and len(waits) == 44
     assert report.simulations == 18 * 6 and report.lengths == [3] * 6
+    actor.close()
+
+
+@pytest.mark.parametrize(("status", "share"), [("stored", 0.0), ("wait", 1.0)])
+def test_waiting_is_for_shards_that_hold_back_not_for_those_that_take_their_time(status, share):
+    builder = make_builder("chain")
+    actor = builder.actor(0, 0)
+    actor.set_weights(0, some_weights(builder), 0)
+    now = 0.0
+
+    def slow(offers):
+        nonlocal now
+        now += 0.1
+        return {shard: [InsertReply(status)] * len(episodes) for shard, episodes in offers.items()}
+
+    report = actor.play(Outbox(slow, 1, 64), lambda: now >= 10, lambda seconds: None, lambda: now)
+    assert report.seconds == now >= 10
+    assert report.waited_seconds == pytest.approx(now * share)
     actor.close()
 
 

@@ -100,6 +100,17 @@ def test_the_age_of_the_replay_is_that_of_the_oldest_game_of_all_shards():
     assert metrics["replay/age"] == 5
 
 
+def test_who_reports_nothing_yet_is_not_said_to_wait_for_nobody():
+    state, _ = make_state()
+    assert state.metrics([])["actors/waiting"] == 0
+    state.add_actor_report(ActorReport(seconds=10, waited_seconds=9))
+    assert state.metrics([])["actors/waiting"] == pytest.approx(0.9)
+    # An actor whose shard hangs gives its next report after seconds.
+    assert state.metrics([])["actors/waiting"] == pytest.approx(0.9)
+    state.add_actor_report(ActorReport(seconds=10))
+    assert state.metrics([])["actors/waiting"] == 0
+
+
 def test_refused_episodes_are_counted_by_reason_over_all_shards():
     state, _ = make_state()
     shard = dict.fromkeys((*SUMS, "pending_transitions"), 0)
