@@ -12,7 +12,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import typer
 
-from distributed_muzero.cli import bench, chaos, cluster, configs, envs, evaluate, plot, replay, train, watch
+from distributed_muzero.cli import (
+    bench,
+    chaos,
+    cluster,
+    configs,
+    envs,
+    evaluate,
+    play,
+    plot,
+    replay,
+    train,
+    watch,
+)
 from distributed_muzero.errors import DistributedMuZeroError
 from distributed_muzero.version import __version__
 
@@ -32,6 +44,7 @@ app.command("scale")(cluster.scale)
 app.command("stop")(cluster.stop)
 app.command("runs")(cluster.runs)
 app.command("evaluate")(evaluate.evaluate)
+app.command("play")(play.play)
 app.command("plot")(plot.plot)
 app.add_typer(envs.app, name="envs")
 app.add_typer(configs.app, name="config")

@@ -48,3 +48,20 @@ class Environment(Protocol):
 
     def close(self) -> None:
         """Frees what the environment holds."""
+
+
+class Readable(Protocol):
+    """What an Environment may offer besides, for a person who plays in it (`play`); each of these is optional.
+
+    They may be used from `initial_state` on, `describe` also after the last step.
+    """
+
+    @property
+    def must_pass(self) -> bool:
+        """True where the one legal action does nothing, so that nobody needs to be asked. Without it: never."""
+
+    def describe(self) -> str:
+        """The position as text, one line or several. Without it, the observation is shown."""
+
+    def action_name(self, action: int) -> str:
+        """What a person calls an action that is legal here. Without it, its number."""

@@ -66,7 +66,7 @@ class OpenSpielEnvironment:
             self._player = 1 - self._player
         self._num_steps += 1
         is_terminal = self._state.is_terminal()
-        if self._must_pass and not self._has_passes:
+        if self.must_pass and not self._has_passes:
             raise self._failure(
                 f"player {1 - self._player} is to move twice in a row, which no random game had shown; set "
                 "environment.kwargs={pass_turns: true} to give the other one a move that does nothing in between"
@@ -92,15 +92,22 @@ class OpenSpielEnvironment:
         """OpenSpiel's own state, for players who know the rules; only to be looked at, or cloned."""
         return self._state
 
+    @property
+    def must_pass(self) -> bool:
+        """Whether the move in between that does nothing is the only one."""
+        return not self._state.is_terminal() and self._state.current_player() != self._player
+
+    def describe(self) -> str:
+        return str(self._state)
+
+    def action_name(self, action: int) -> str:
+        return "pass" if action == self._pass else self._state.action_to_string(self._player, action)
+
     def close(self) -> None:
         pass
 
-    @property
-    def _must_pass(self) -> bool:
-        return not self._state.is_terminal() and self._state.current_player() != self._player
-
     def _find_legal(self) -> None:
-        self._legal = [self._pass] if self._must_pass else self._state.legal_actions()
+        self._legal = [self._pass] if self.must_pass else self._state.legal_actions()
 
     def _reward(self) -> float:
         rewards = self._state.rewards()
@@ -117,7 +124,7 @@ class OpenSpielEnvironment:
             if self._view.turns and self._player == 1:
                 first, second = second, first
             planes = planes[[first, second, *rest]]
-        flags = [float(self._player)] * self._view.says_player + [float(self._must_pass)] * self._has_passes
+        flags = [float(self._player)] * self._view.says_player + [float(self.must_pass)] * self._has_passes
         extra = [np.full((1, *self._tensor_shape[1:]), flag, np.float32) for flag in flags]
         return np.concatenate([planes, *extra])
 

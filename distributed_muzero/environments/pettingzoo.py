@@ -21,6 +21,8 @@ from gymnasium import spaces
 
 from distributed_muzero.config import EnvironmentConfig
 from distributed_muzero.environments.base import EnvironmentSpec
+from distributed_muzero.environments.pettingzoo_boards import BOARDS, Board
+from distributed_muzero.environments.reading import describe_observation
 from distributed_muzero.errors import EnvironmentFailure, NonFiniteError, UnknownEnvironmentError
 
 EXTRA = "pip install 'distributed_muzero[pettingzoo]'"
@@ -52,14 +54,20 @@ class AECEnvironment:
     """One of PettingZoo's AEC environments in which two players move in turn, one's gain being the other's loss.
 
     Observation: what the player to move observes, with channels first if there are any. Reward: the mover's.
-    order: of the channels, if not as they come.
+    order: of the channels, if not as they come.   board: how a person is shown it, if not as any observation.
     Raises EnvironmentFailure for an environment that doesn't fit, and NonFiniteError for a NaN or Inf from it.
     """
 
     def __init__(
-        self, environment: Any, id: str, max_episode_steps: int, order: tuple[int, ...] | None = None
+        self,
+        environment: Any,
+        id: str,
+        max_episode_steps: int,
+        order: tuple[int, ...] | None = None,
+        board: Board | None = None,
     ):
         self._environment = environment
+        self._board = board
         self._agents = list(environment.possible_agents)
         self._order = None if order is None else np.array(order)
         self._max_episode_steps = max_episode_steps
@@ -105,6 +113,16 @@ class AECEnvironment:
     @property
     def truncated(self) -> bool:
         return self._truncated
+
+    def describe(self) -> str:
+        if self._board is None:
+            return describe_observation(self._observe())
+        return self._board.describe(self._environment, self._player, self._observe())
+
+    def action_name(self, action: int) -> str:
+        if self._board is None:
+            return str(action)
+        return self._board.action_name(self._environment, self._player, action)
 
     def close(self) -> None:
         self._environment.close()
@@ -191,7 +209,9 @@ def make(config: EnvironmentConfig) -> AECEnvironment:
     except (TypeError, ValueError, AssertionError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise EnvironmentFailure(f"{config.id} with kwargs {config.kwargs}: {problem}") from error
-    return AECEnvironment(environment, config.id, config.max_episode_steps, ORDERS.get(game))
+    return AECEnvironment(
+        environment, config.id, config.max_episode_steps, ORDERS.get(game), BOARDS.get(game)
+    )
 
 
 def trainable_games() -> list[str]:

@@ -1,0 +1,182 @@
+"""A game of a person: against a search, or alone in an environment for one player. It knows no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from distributed_muzero.algorithm.acting import Game, choose_actions
+from distributed_muzero.algorithm.planning import plan_and_decide
+from distributed_muzero.config import SearchConfig
+from distributed_muzero.environments import reading
+from distributed_muzero.environments.base import Environment
+from distributed_muzero.errors import EnvironmentFailure
+from distributed_muzero.matches.match import play_moves
+from distributed_muzero.networks.inference import SearchModel
+
+
+class Opinion(NamedTuple):
+    """What a search says of a position, to the player who is to move there."""
+
+    action: int  # that it would play
+    value: float  # that it expects then; not the root's, in which moves count that it only tried
+    policy: np.ndarray  # [A] its share for each action, sums to 1
+    qvalues: np.ndarray  # [A] NaN where it has tried nothing
+    priors: np.ndarray  # [A] the policy before any search, sums to 1 over the legal actions
+
+
+class Adviser:
+    """Networks with a search: greedy and without noise, one game at a time."""
+
+    def __init__(
+        self, model: SearchModel, search: SearchConfig, discount: float, num_simulations: int | None = None
+    ):
+        """num_simulations: in place of the search's own."""
+        self.model = model
+        self.search = search
+        self.discount = discount
+        self.num_simulations = num_simulations or search.num_simulations
+
+    def opinion(self, game: Game) -> Opinion:
+        legal = game.read_mask()
+        observations = game.history[None]
+        result, actions = plan_and_decide(
+            self.model,
+            observations,
+            legal[None],
+            self.search,
+            -self.discount if game.alternates else self.discount,
+            rng=None,
+            noise=False,
+            num_simulations=self.num_simulations,
+        )
+        if actions is None:
+            actions = choose_actions(result.visit_counts, 0.0, np.random.default_rng(0))
+        action = int(actions[0])
+        _, logits = self.model.initial(observations, 1)
+        return Opinion(
+            action,
+            float(result.qvalues[0, action]),
+            result.action_weights[0],
+            np.where(result.visit_counts[0] > 0, result.qvalues[0], np.nan),
+            legal_softmax(logits[0], legal),
+        )
+
+
+class Move(NamedTuple):
+    player: int
+    action: int
+    name: str
+    is_idle: bool  # the only one that there was, and it does nothing
+
+
+class Outcome(NamedTuple):
+    score: float  # rewards as the person sees them: own ones less the other player's
+    ended: Literal["by the rules", "cut", "resigned"]
+
+
+class PersonGame:
+    """One game that can be taken back: its moves are played again then, from the same seed in a new environment.
+
+    person: the player, 0 or 1, that the person is.
+    """
+
+    def __init__(self, make_env: Callable[[], Environment], history_length: int, seed: int, person: int = 0):
+        self.person = person
+        self.moves: list[Move] = []
+        self._make_env = make_env
+        self._history_length = history_length
+        self._seed = seed
+        self._has_resigned = False
+        self._env = make_env()
+        self.game = Game(self._env, history_length, seed)
+
+    @property
+    def is_over(self) -> bool:
+        return self.game.is_over or self._has_resigned
+
+    @property
+    def is_persons_turn(self) -> bool:
+        return self.game.players[-1] == self.person
+
+    @property
+    def must_pass(self) -> bool:
+        """Whether the environment says that the one legal move does nothing."""
+        return reading.must_pass(self._env) and len(self.legal_actions()) == 1
+
+    @property
+    def num_moves(self) -> int:
+        """Of both players, without idle ones."""
+        return sum(not move.is_idle for move in self.moves)
+
+    def legal_actions(self) -> list[int]:
+        return np.flatnonzero(self.game.read_mask()).tolist()
+
+    def action_name(self, action: int) -> str:
+        return reading.action_name(self._env, action)
+
+    def describe(self) -> str:
+        return reading.describe(self._env, self.game.observations[-1])
+
+    def play(self, action: int) -> Move:
+        """The legal action of whoever is to move."""
+        move = Move(self.game.players[-1], action, self.action_name(action), self.must_pass)
+        play_moves([self.game], [action])
+        self.moves.append(move)
+        return move
+
+    def take_back(self) -> int:
+        """Back to before the person's last move that wasn't idle; returns how many were taken back, 0 without one.
+
+        Raises EnvironmentFailure for an environment that doesn't play the same game again.
+        """
+        own = [at for at, move in enumerate(self.moves) if move.player == self.person and not move.is_idle]
+        if not own:
+            return 0
+        env = self._make_env()
+        try:
+            game = self._replay(env, own[-1])
+        except Exception:
+            env.close()
+            raise
+        self.close()
+        self._env, self.game = env, game
+        num_taken = len(self.moves) - own[-1]
+        del self.moves[own[-1] :]
+        return num_taken
+
+    def resign(self) -> None:
+        self._has_resigned = True
+
+    def outcome(self) -> Outcome:
+        """Of a game that is over."""
+        movers = self.game.players[: len(self.game.rewards)]
+        score = sum(
+            reward if mover == self.person else -reward
+            for mover, reward in zip(movers, self.game.rewards, strict=True)
+        )
+        if self._has_resigned:
+            return Outcome(score, "resigned")
+        return Outcome(score, "cut" if self.game.truncated else "by the rules")
+
+    def close(self) -> None:
+        self._env.close()
+
+    def _replay(self, env: Environment, num_moves: int) -> Game:
+        game = Game(env, self._history_length, self._seed)
+        for move in self.moves[:num_moves]:
+            play_moves([game], [move.action])
+        if not all(map(np.array_equal, game.observations, self.game.observations)):
+            raise EnvironmentFailure(
+                f"{env.spec.id}: the same moves from the same seed {self._seed} gave another game, so that nothing can "
+                "be taken back; `distributed-muzero envs check` tells more"
+            )
+        return game
+
+
+def legal_softmax(logits: np.ndarray, legal: np.ndarray) -> np.ndarray:
+    """softmax over the legal actions [A] alone, 0 elsewhere."""
+    weights = np.exp(np.where(legal, logits - logits[legal].max(), -np.inf))
+    return weights / weights.sum()
