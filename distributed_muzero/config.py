@@ -129,7 +129,7 @@ class ActorConfig(Section):
     timeout_seconds: Annotated[float, Field(ge=30)] = 60.0
     # (from learner step, temperature), rising steps
     temperatures: tuple[tuple[int, float], ...] = ((0, 1.0),)
-    # each game begins after 0 … so many random moves, which are not learnt from: else what nobody would play stays unknown
+    # each game begins after 0 … so many random moves, which are not learnt from: what nobody would play is met, too
     opening_plies: Annotated[int, Field(ge=0)] = 0
     max_unacknowledged: Positive = 64  # finished episodes without acknowledgement before the actor waits
 

@@ -20,6 +20,8 @@ ROWS = (
     ("staleness", "staleness", " versions"),
     ("mean return", "mean_return", ""),
     ("evaluation", "evaluation", ""),
+    ("score", "score", ""),
+    ("Elo", "elo", ""),
     ("samples/insert", "samples_per_insert", ""),
     ("shards", "shards", ""),
     ("reanalysers", "reanalysers", ""),

@@ -385,7 +385,12 @@ class Driver:
             self.evaluator.start()
         self.book.begin_evaluation(steps)
         seeds = (self.config.run.seed, steps)
-        return self.evaluator.handle.evaluate.remote(state["weights_version"], weights, seeds)
+        # Arguments of their own, for the evaluator to find them in the store; they go when the call is over.
+        rivals = [(rival.member, ray.put(rival.weights)) for rival in self.book.league.rivals(steps)]
+        members, theirs = [member for member, _ in rivals], [weights for _, weights in rivals]
+        return self.evaluator.handle.evaluate.remote(
+            state["weights_version"], weights, seeds, members, *theirs
+        )
 
     def _on_evaluation(self, path: Path, steps: int, result: dict[str, Any]) -> None:
         self._is_evaluating = False
@@ -546,6 +551,7 @@ class Driver:
         self.book.add_undelivered(sum(drained.values()))
         flushes = [role.handle.flush.remote() for role in self.shards]
         self.shard_stats.update(ask_all("replay shards", flushes, third, tell))
+        self.book.take_shards(self._stats_of_shards())
         copies = [role.handle.last_push.remote() for role in self.shards] if self.book.copies else []
         try:
             # Else it may not even have started, or hold random weights; all that was learnt is in the checkpoints.

@@ -26,6 +26,7 @@ from distributed_muzero.replay.schema import Priorities, StoredEpisode, Targets
 from distributed_muzero.types import Batch, Episode
 from distributed_muzero.workers.builder import Builder
 from distributed_muzero.workers.history import RecordedInsert
+from distributed_muzero.workers.league import Member, Rival
 from distributed_muzero.workers.outbox import Insert, Outbox
 from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
 from distributed_muzero.workers.run_copy import Owned, ShardCopy
@@ -253,19 +254,18 @@ def answer_or(call: Any, otherwise: Any, timeout: float = INSERT_TIMEOUT_SECONDS
 @ray.remote(num_cpus=0)
 class EvaluatorWorker:
     def __init__(self, config: Config, run_name: str):
-        self.config = config
         self.make = lambda: Builder(config, run_name).evaluator()
 
     @made_at_first_use
     def evaluator(self) -> Evaluator:
         return self.make()
 
-    def evaluate(self, version: int, weights: np.ndarray, seeds: tuple[int, ...]) -> dict[str, object]:
-        self.evaluator.set_weights(version, weights)
-        section = self.config.evaluator
-        return self.evaluator.evaluate_for_goal(
-            section.num_episodes, seeds, section.num_simulations, self.config.run.stop_at_return
-        )
+    def evaluate(
+        self, version: int, weights: np.ndarray, seeds: tuple[int, ...], members: list[Member], *theirs: Any
+    ) -> dict[str, object]:
+        """theirs: the weights of each member of the league that is to be met."""
+        rivals = map(Rival, members, theirs)
+        return self.evaluator.assess(version, weights, seeds, rivals)
 
 
 class RemoteInsert:

@@ -1,6 +1,7 @@
 """What of a run's folder is copied, and in which order, so that the copy can be used at every moment.
 
-- A checkpoint's DONE goes after its other files and comes off before them; best.json goes after the checkpoints.
+- A checkpoint's DONE goes after its other files and comes off before them; best.json and league.json, which name
+  checkpoints, go after all of them.
 - A shard's journal is looked at before its episodes and copied after them. So the copy's journal never speaks of
   episodes that the copy lacks, and episodes that it doesn't speak of yet are found in their log.
 - What is gone here is removed there last, when the journal says so there too. A file that goes while it is copied
@@ -75,7 +76,7 @@ def _look_once(folder: Path, exclude: Collection[str], prefix: str = "") -> dict
 def stage(name: str) -> int:
     """All files of a stage are copied before the first of the next."""
     path = PurePosixPath(name)
-    return 1 if path.name == "best.json" or path.parent.name == "journal" else 0
+    return 1 if path.name in ("best.json", "league.json") or path.parent.name == "journal" else 0
 
 
 def upload_order(name: str) -> tuple[int, str, int, bool, str]:

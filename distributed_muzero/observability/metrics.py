@@ -7,8 +7,8 @@ A metric with a label stands for several numbers: `restarts` with the label `rol
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 PREFIX = "distributed_muzero_"  # of every name in Prometheus
 
@@ -82,10 +82,15 @@ _ALL = (
     Metric("copy/failures", "copy_failures", "pushes", "attempts to copy to a URI that failed", "counter"),
     Metric("eval/mean_return", "evaluation_return_mean", "return", "mean return of the last evaluation, without noise"),
     Metric("eval/std_return", "evaluation_return_stddev", "return", "standard deviation of the last evaluation's returns"),
+    Metric("eval/score", "evaluation_score", "1", "points a game of the last evaluation against its opponent: a win 1, a draw 0.5; of two players"),
+    Metric("eval/elo", "evaluation_elo", "Elo points", "rating of the last evaluation by games against earlier checkpoints, of which the first has 0; of two players"),
+    Metric("league/members", "league_members", "checkpoints", "earlier checkpoints that the next evaluation meets; of two players"),
+    Metric("league/lost_members", "league_lost_members", "checkpoints", "members of the league whose checkpoint was gone or damaged", "counter"),
 )
 # fmt: on
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+OF_AN_EVALUATION = ("mean_return", "std_return", "score", "elo")
 
 
 def metric_of(name: str) -> tuple[Metric, str]:
@@ -101,6 +106,11 @@ def metric_of(name: str) -> tuple[Metric, str]:
     close = difflib.get_close_matches(name, METRICS, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(f"unknown metric {name!r}{hint}; metrics are defined in observability/metrics.py")
+
+
+def evaluation_metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """An evaluation's numbers by their recorded names; a game of one player has neither score nor Elo."""
+    return {f"eval/{name}": float(evaluation[name]) for name in OF_AN_EVALUATION if name in evaluation}
 
 
 def check_known(names: Iterable[str]) -> None:

@@ -81,6 +81,7 @@ def fields(metrics: Mapping[str, float], limits: RunConfig) -> list[tuple[str, s
         return number(metrics.get(name)) + unit + (f" of {number(limit)}{unit}" if limit is not None else "")
 
     minutes = limits.max_minutes
+    of_two_players = (("score", show("eval/score")), ("Elo", show("eval/elo")))
     return [
         ("time", show("time/seconds", " s", minutes and 60 * minutes)),
         ("env steps", show("rollout/env_steps", limit=limits.max_env_steps)),
@@ -90,6 +91,7 @@ def fields(metrics: Mapping[str, float], limits: RunConfig) -> list[tuple[str, s
         ("learner steps/s", show("train/learner_steps_per_second")),
         ("return", show("rollout/ep_rew_mean")),
         ("evaluation", show("eval/mean_return", limit=limits.stop_at_return)),
+        *(row for row in of_two_players if "eval/score" in metrics),
         ("loss", show("train/loss")),
         ("value", show("train/value_loss")),
         ("reward", show("train/reward_loss")),

@@ -12,7 +12,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from distributed_muzero.files import to_json
-from distributed_muzero.observability.metrics import check_known
+from distributed_muzero.observability.metrics import check_known, evaluation_metrics
 from distributed_muzero.run_folder import RunFolder
 
 
@@ -49,8 +49,7 @@ class Recorder:
         now = self._wall_clock()
         env_steps = int(evaluation.get("env_steps", self._env_steps))
         self._evaluations.write(to_json({**evaluation, "env_steps": env_steps, "wall_time": now}))
-        scalars = {f"eval/{name}": float(evaluation[name]) for name in ("mean_return", "std_return")}
-        self._add_scalars(scalars, env_steps, now)
+        self._add_scalars(evaluation_metrics(evaluation), env_steps, now)
 
     def close(self) -> None:
         """Flushes and closes the files; a second call does nothing."""

@@ -65,9 +65,9 @@ def why_over(folder: RunFolder) -> str | None:
     best = checkpoint.best_checkpoint(folder.checkpoints)
     stand = read_stand(folder, lambda _: None)
     # With a league the best is the one with the highest Elo; the last one may have reached the goal all the same.
-    reached = [line.get("mean_return") for line in folder.read_evaluations()[-1:]]
-    reached += [best.mean_return] if best else []
-    evaluation = max(filter(is_number, reached), default=None)
+    means = [line.get("mean_return") for line in folder.read_evaluations()[-1:]]
+    means += [best.mean_return] if best else []
+    evaluation = max((float(mean) for mean in means if is_number(mean)), default=None)
     return why_over_by(folder.config.run, {**stand._asdict(), "evaluation": evaluation})
 
 
@@ -229,6 +229,10 @@ class Bookkeeper:
             self._next_tick = self._clock() + TICK_SECONDS
             self.write_status("running", self._record())
         return is_due
+
+    def take_shards(self, shards: Sequence[Mapping[str, float]]) -> None:
+        """How the shards stand in the end, after the last tick."""
+        self._shards = shards
 
     def _tell_of_losses(self, shards: Sequence[Mapping[str, float]]) -> None:
         """What shards met when they started; told once for each number."""

@@ -63,6 +63,10 @@ class Builder:
         return [self.reanalyser(index) for index in range(num_reanalysers(self.config))]
 
     def evaluator(self) -> Evaluator:
+        if self.spec.num_players == 2:
+            from distributed_muzero.workers.match_evaluator import MatchEvaluator
+
+            return MatchEvaluator(self.environment, self.networks, self.config)
         from distributed_muzero.workers.evaluator import Evaluator
 
         return Evaluator(self.environment, self.networks(), self.config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from distributed_muzero.config import Config
 from distributed_muzero.environments.base import Environment
 from distributed_muzero.networks.base import Networks
 from distributed_muzero.workers.actor import PolicyModel
+from distributed_muzero.workers.league import Rival
 
 CONFIRMATION_STREAM = 1
 SEED_STREAM = 0x5EED  # keeps evaluation's games apart from every actor's
@@ -34,6 +35,19 @@ class Evaluator:
     def load(self, saved: Checkpoint) -> None:
         """A checkpoint's weights. Raises CheckpointError if they are of other networks."""
         self.set_weights(saved.state["weights_version"], self.model.flat.vector_of(saved.tensors["weights"]))
+
+    def assess(
+        self, version: int, weights: np.ndarray, seeds: Sequence[int], rivals: Iterable[Rival] = ()
+    ) -> dict[str, Any]:
+        """A run's evaluation of a checkpoint, as its config asks for it.
+
+        rivals: earlier checkpoints to be met, in a game of two players.
+        """
+        self.set_weights(version, weights)
+        section = self.config.evaluator
+        return self.evaluate_for_goal(
+            section.num_episodes, seeds, section.num_simulations, self.config.run.stop_at_return
+        )
 
     def evaluate_for_goal(
         self, num_episodes: int, seeds: Sequence[int], num_simulations: int | None, goal: float | None

@@ -109,12 +109,9 @@ def evaluate(learner: Learner, evaluator: Evaluator, book: Bookkeeper) -> None:
     arrays, state = learner.state()
     path = book.write_checkpoint(arrays, state)
     book.begin_evaluation(learner.num_steps)
-    evaluator.set_weights(learner.version, learner.average_weights())
-    config = evaluator.config
-    seeds = (config.run.seed, learner.num_steps)
-    result = evaluator.evaluate_for_goal(
-        config.evaluator.num_episodes, seeds, config.evaluator.num_simulations, config.run.stop_at_return
-    )
+    seeds = (evaluator.config.run.seed, learner.num_steps)
+    rivals = book.league.rivals(learner.num_steps)
+    result = evaluator.assess(learner.version, learner.average_weights(), seeds, rivals)
     book.add_evaluation(result, path, state["learner_steps"])
 
 

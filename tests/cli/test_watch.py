@@ -144,6 +144,15 @@ def test_a_plain_line_holds_all_that_matters():
     )
 
 
+def test_score_and_rating_are_shown_for_two_players():
+    of_two = {**STATUS, "score": 0.75, "elo": 321.46}
+    text = shown([of_two])
+    assert re.search(r"score +0\.75", text) and re.search(r"Elo +321\.5", text)
+    assert "evaluation 431.2 · score 0.75 · Elo 321.5 · processes" in plain_line(of_two, Trails())
+    of_one = {**STATUS, "score": None, "elo": None}
+    assert "Elo" not in shown([of_one]) and plain_line(of_one, Trails()) == plain_line(STATUS, Trails())
+
+
 def trail(key, *points):
     trails = Trails()
     for seconds, value in points:

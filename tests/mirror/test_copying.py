@@ -266,6 +266,7 @@ def test_the_order_of_uploads():
         "checkpoints/step_00000001/DONE",
         "episodes/segment_00000001.log",
         "episodes/segment_00000002.log",
+        "league.json",
         "checkpoints/best.json",
         "journal/segment_00000003.log",
         "journal/segment_00000004.log",

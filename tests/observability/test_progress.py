@@ -72,6 +72,13 @@ def test_earlier_metrics_stay_when_others_come():
     assert out.getvalue() == "evaluation 431.2\nevaluation 431.2 · loss nan\n"
 
 
+def test_score_and_rating_are_shown_for_two_players():
+    progress, out, _ = plain()
+    with progress:
+        progress.update({"eval/mean_return": 0.5, "eval/score": 0.75, "eval/elo": -12.345})
+    assert out.getvalue() == "evaluation 0.5 · score 0.75 · Elo -12.3\n"
+
+
 def test_messages_are_printed_as_they_are():
     progress, out, _ = plain()
     with progress:

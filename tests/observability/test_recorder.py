@@ -81,6 +81,22 @@ def test_an_evaluation_keeps_all_it_says_and_its_own_steps(run):
     assert scalars(run, "eval/std_return") == [(77, 0.5)]
 
 
+def test_an_evaluation_of_two_players_has_score_and_rating(run):
+    with Recorder(run) as recorder:
+        recorder.record_evaluation(
+            {
+                "mean_return": 0.5,
+                "std_return": 0.5,
+                "score": 0.75,
+                "elo": 321.5,
+                "opponent": "random",
+                "wins": 3,
+            }
+        )
+    assert scalars(run, "eval/score") == [(0, 0.75)]
+    assert scalars(run, "eval/elo") == [(0, 321.5)]
+
+
 def test_an_unknown_name_is_an_error_and_writes_nothing(run):
     with Recorder(run) as recorder, pytest.raises(ValueError, match="train/los"):
         recorder.record({"train/loss": 1.0, "train/los": 1.0}, env_steps=1)
