@@ -129,7 +129,7 @@ class View:
         example = _numbered(*next(iter(names.items())))
         shown = text if len(text) <= ECHOED_CHARACTERS else f"{text[:ECHOED_CHARACTERS]}…"
         self.say(
-            f"{shown!r} is no legal move: expected a name or number, such as {example}, or a key: {HELP}",
+            f"{shown!r} is no legal move: expected a name or number, such as {example}, or one of ? h u r q",
             "red",
         )
 

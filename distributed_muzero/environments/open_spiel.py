@@ -10,9 +10,19 @@ import numpy as np
 from distributed_muzero.config import EnvironmentConfig
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.environments.open_spiel_games import Rules, load_rules, trainable_games
+from distributed_muzero.environments.reading import draw_fen
 from distributed_muzero.errors import EnvironmentFailure
 
 __all__ = ["OpenSpielEnvironment", "make", "trainable_games"]
+
+# Games whose positions come as one line, with the names of their rows and columns as their moves use them.
+CHESS = ("87654321", "abcdefgh")
+IN_ONE_LINE = {
+    "antichess": CHESS,
+    "chess": CHESS,
+    "crazyhouse": CHESS,
+    "shogi": ("abcdefghi", "987654321"),
+}
 
 
 class OpenSpielEnvironment:
@@ -98,7 +108,8 @@ class OpenSpielEnvironment:
         return not self._state.is_terminal() and self._state.current_player() != self._player
 
     def describe(self) -> str:
-        return str(self._state)
+        names = IN_ONE_LINE.get(self._game.get_type().short_name)
+        return draw_fen(str(self._state), *names) if names else str(self._state)
 
     def action_name(self, action: int) -> str:
         return "pass" if action == self._pass else self._state.action_to_string(self._player, action)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,6 +82,20 @@ def draw_pieces(
         for row in range(own.shape[0])
     ]
     return draw(rows)
+
+
+def draw_fen(fen: str, rows: str, columns: str) -> str:
+    """A position of chess or shogi in Forsyth's notation as a board, and the rest of the notation below it.
+
+    rows: their names from the top, a character each.   columns: from the left.
+    """
+    pieces, _, rest = fen.partition(" ")
+    board = []
+    for name, line in zip(rows, pieces.split("/"), strict=True):
+        board.append([name])
+        for part in re.findall(r"\d+|\+?\D", line):
+            board[-1] += [EMPTY] * int(part) if part.isdecimal() else [part]
+    return f"{draw([*board, [' ', *columns]])}\n{rest}"
 
 
 def draw(rows: Sequence[Sequence[str]]) -> str:

@@ -13,6 +13,7 @@ from distributed_muzero.environments.reading import (
     action_name,
     describe,
     describe_observation,
+    draw_fen,
     draw_pieces,
     must_pass,
 )
@@ -56,6 +57,28 @@ def test_a_position_can_be_read_after_the_end(play):
         "x o . . . . .",
         "0 1 2 3 4 5 6",
     ]
+
+
+def test_chess_and_shogi_are_shown_as_boards(play):
+    environment, observation = play("openspiel:chess")
+    [opening] = [a for a in np.flatnonzero(environment.mask()) if action_name(environment, int(a)) == "e4"]
+    _, observation, _ = environment.step(int(opening))
+    lines = describe(environment, observation).splitlines()
+    assert lines[0] == "8 r n b q k b n r" and lines[4] == "4 . . . . P . . ."
+    assert lines[8] == "  a b c d e f g h" and lines[9].startswith("b KQkq")
+    environment, observation = play("openspiel:shogi")
+    lines = describe(environment, observation).splitlines()
+    assert lines[1] == "b . r . . . . . b ." and lines[9] == "  9 8 7 6 5 4 3 2 1"
+    move = next(int(a) for a in np.flatnonzero(environment.mask()) if action_name(environment, a) == "7g7f")
+    _, observation, _ = environment.step(move)
+    assert describe(environment, observation).splitlines()[5:7] == [
+        "f . . P . . . . . .",
+        "g P P . P P P P P P",
+    ]
+
+
+def test_promoted_pieces_keep_the_columns():
+    assert draw_fen("k1/+P1 b - 1", "ab", "21") == " a  k  .\n b +P  .\n    2  1\nb - 1"
 
 
 def test_the_move_in_between_of_who_must_wait_is_a_pass_that_does_nothing(play):
