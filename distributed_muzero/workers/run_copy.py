@@ -17,6 +17,7 @@ from distributed_muzero.mirror import uri as uris
 from distributed_muzero.mirror.download import files_at
 from distributed_muzero.mirror.mirror import Mirror, keep_pushing
 from distributed_muzero.mirror.owner import interval_at
+from distributed_muzero.workers.run_state import Steady
 
 COPIED_BY_SHARDS = ("replay", "replay.resharding", "replay.before-resharding")
 INTERVAL_VARIABLE = "DISTRIBUTED_MUZERO_COPY_SECONDS"
@@ -48,6 +49,7 @@ class Copies:
         self._told_of_shards = False
         self._run = self._mirror(folder, uri, COPIED_BY_SHARDS)
         self._shards: list[Mirror] = []
+        self._steady = Steady()
 
     def _mirror(
         self, folder: Path, uri: str, exclude: Collection[str] = (), run: str | None = None
@@ -143,7 +145,9 @@ class Copies:
         own = [mirror.stats() for mirror in (self._run, *self._shards)]
         seconds = [stats["seconds_since_push"] for stats in own]
         seconds += [shard["seconds_since_push"] for shard in shards if "seconds_since_push" in shard]
-        failures_of_shards = sum(shard.get("failed_pushes", 0) for shard in shards)
+        failures_of_shards = self._steady.counts(
+            {"copy/failures": sum(shard.get("failed_pushes", 0) for shard in shards)}
+        )["copy/failures"]
         if failures_of_shards and not self._told_of_shards:
             self._told_of_shards = True
             self._messages.append("a replay shard's copy is out of date for now; it is tried again")

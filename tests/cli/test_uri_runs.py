@@ -165,6 +165,13 @@ def test_who_takes_a_run_over_ends_it_elsewhere_but_not_by_mistake(there, on_mac
     assert len(set(ids)) == len(ids)
 
 
+def test_failed_copies_never_become_fewer_when_a_shard_begins_anew(there, on_machine):
+    with created(there, "r", make_config({})) as (_, copies):
+        copies.push()
+        counts = [copies.state([{"failed_pushes": number}])["failures"] for number in (2, 2, 0, 1)]
+    assert counts == [2, 2, 2, 3]
+
+
 def test_who_asks_for_what_a_run_cant_have_does_not_end_it_elsewhere(there, on_machine):
     with created(there, "r", make_config({})) as (_, copies):
         copies.push()
