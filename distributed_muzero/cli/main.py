@@ -17,6 +17,7 @@ from distributed_muzero.cli import (
     chaos,
     cluster,
     configs,
+    diagnose,
     envs,
     evaluate,
     play,
@@ -46,6 +47,7 @@ app.command("runs")(cluster.runs)
 app.command("evaluate")(evaluate.evaluate)
 app.command("play")(play.play)
 app.command("plot")(plot.plot)
+app.command("diagnose")(diagnose.diagnose)
 app.add_typer(envs.app, name="envs")
 app.add_typer(configs.app, name="config")
 app.add_typer(replay.app, name="replay")
