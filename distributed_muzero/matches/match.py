@@ -83,7 +83,7 @@ def play_match(
     Raises EnvironmentFailure for an environment that isn't for two players.
     """
     if opening_plies is None:
-        opening_plies = OPENING_PLIES if player.is_deterministic and opponent.is_deterministic else 0
+        opening_plies = default_opening_plies(player, opponent)
     environments = [make_env() for _ in range(num_games)]
     try:
         check_two_players(environments[0])
@@ -105,6 +105,11 @@ def play_match(
         sum(game.truncated for game in games),
         float(np.mean([len(game.actions) for game in games])),
     )
+
+
+def default_opening_plies(player: Player, opponent: Player) -> int:
+    """Random moves at most, with which games begin: none where one of the two brings variety by itself."""
+    return OPENING_PLIES if player.is_deterministic and opponent.is_deterministic else 0
 
 
 def check_two_players(env: Environment) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -45,17 +46,19 @@ class SearchPlayer:
         search: SearchConfig,
         discount: float,
         num_simulations: int | None = None,
+        history_length: int | None = None,
     ):
-        """num_simulations: in place of the search's own."""
+        """num_simulations: in place of the search's own.   history_length: N of the networks, where games keep more."""
         self.name = name
         self.model = model
         self.search = search
         self.discount = discount
         self.num_simulations = num_simulations
+        self.history_length = history_length
 
-    def choose(self, games: Sequence[Game], rng: np.random.Generator) -> np.ndarray:
+    def choose(self, games: Sequence[Game], rng: np.random.Generator) -> list[int]:
         return decide(
-            games,
+            [seen_with(game, self.history_length) for game in games],
             self.model,
             self.search,
             self.discount,
@@ -63,7 +66,7 @@ class SearchPlayer:
             noise=False,
             rng=rng,
             num_simulations=self.num_simulations,
-        ).actions
+        ).actions.tolist()
 
 
 class PriorPlayer:
@@ -71,11 +74,23 @@ class PriorPlayer:
 
     is_deterministic = True
 
-    def __init__(self, name: str, model: SearchModel):
+    def __init__(self, name: str, model: SearchModel, history_length: int | None = None):
+        """history_length: N of the networks, where games keep more."""
         self.name = name
         self.model = model
+        self.history_length = history_length
 
-    def choose(self, games: Sequence[Game], rng: np.random.Generator) -> np.ndarray:
-        _, logits = self.model.initial(np.stack([game.history for game in games]), 1)
+    def choose(self, games: Sequence[Game], rng: np.random.Generator) -> list[int]:
+        seen = [seen_with(game, self.history_length) for game in games]
+        _, logits = self.model.initial(np.stack([game.history for game in seen]), 1)
         legal = np.stack([game.read_mask() for game in games])
-        return np.where(legal, logits, -np.inf).argmax(1)
+        return np.where(legal, logits, -np.inf).argmax(1).tolist()
+
+
+def seen_with(game: Game, history_length: int | None) -> Game:
+    """The same game, with no more than its last so many observations."""
+    if history_length is None or history_length == len(game.history):
+        return game
+    seen = copy.copy(game)
+    seen.history = game.history[-history_length:]
+    return seen

@@ -14,10 +14,12 @@ from distributed_muzero.matches.players import RandomPlayer
 
 pytest.importorskip("pyspiel")
 
+from distributed_muzero.environments import open_spiel
+
 
 def tic_tac_toe(max_episode_steps: int = 100):
     config = EnvironmentConfig(id="openspiel:tic_tac_toe", max_episode_steps=max_episode_steps)
-    return make_environment(config)
+    return open_spiel.make(config)
 
 
 class Scripted:
