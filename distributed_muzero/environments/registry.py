@@ -100,11 +100,11 @@ def make_environment(config: EnvironmentConfig) -> Environment:
     kwargs, actions or observations that can't be trained).
     """
     prefix, colon, _ = config.id.partition(":")
+    if prefix in _FAMILIES:
+        return _load_family(config.id, prefix).make(config)
     factory = _factories.get(prefix) or _installed_factory(prefix)
     if factory is not None:
         return factory(config)
-    if prefix in _FAMILIES:
-        return _load_family(config.id, prefix).make(config)
     if is_path(config.id) and config.code_folder is not None:
         return make_custom(config)
     if colon:  # Gymnasium would import a module of that name
