@@ -53,7 +53,7 @@ def test_checkpoints_are_rated_also_by_an_evaluator_that_was_replaced(tmp_path):
     assert [member.step for member in members] == [min(ratings), max(ratings)]
     assert all((folder / "checkpoints" / f"step_{member.step:08d}" / "DONE").exists() for member in members)
     num_lines, limit = len(evaluations()), status(folder)["learner_steps"] + 200
-    resumed = run("resume", "r", "--runs-dir", tmp_path, "--max-train-steps", limit)
+    resumed = run("resume", "r", "--runs-dir", tmp_path, "--max-train-steps", limit, "--in-process")
     assert resumed.returncode == 0, resumed.stderr
     met = {games["step"]: games["elo"] for games in evaluations()[num_lines]["league"]}
     assert met == {member.step: member.elo for member in members}

@@ -129,9 +129,9 @@ def test_who_needs_the_rules_is_refused_where_nobody_knows_them():
 
 
 def test_minimax_is_refused_for_a_game_that_is_too_large():
-    environment = {"id": "openspiel:breakthrough"}
+    environment = {"id": "openspiel:connect_four"}
     large = Builder(make_config(SMALL, {"environment": environment}), "r")
-    with pytest.raises(EnvironmentFailure, match="more than 5,000 positions"):
+    with pytest.raises(EnvironmentFailure, match="more than 5,000 positions: too many"):
         make_opponent("minimax", large.environment, 5000)
 
 
