@@ -20,7 +20,7 @@ from distributed_muzero.observability.metrics import evaluation_metrics
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.observability.recorder import Recorder
 from distributed_muzero.run_folder import FIRST_LAUNCH, Launch, RunFolder, now_text
-from distributed_muzero.workers.league import League, is_number
+from distributed_muzero.workers.league import League
 from distributed_muzero.workers.run_copy import Copies, interval_seconds
 from distributed_muzero.workers.run_state import ActorReport, Crew, LearnerReport, RunState, Version
 
@@ -64,11 +64,7 @@ def why_over(folder: RunFolder) -> str | None:
     """Which limit or goal a run has reached before it is launched again, in words; changes nothing."""
     best = checkpoint.best_checkpoint(folder.checkpoints)
     stand = read_stand(folder, lambda _: None)
-    # With a league the best is the one with the highest Elo; the last one may have reached the goal all the same.
-    means = [line.get("mean_return") for line in folder.read_evaluations()[-1:]]
-    means += [best.mean_return] if best else []
-    evaluation = max((float(mean) for mean in means if is_number(mean)), default=None)
-    return why_over_by(folder.config.run, {**stand._asdict(), "evaluation": evaluation})
+    return why_over_by(folder.config.run, {**stand._asdict(), "evaluation": best and best.mean_return})
 
 
 def why_over_by(limits: RunConfig, counts: Mapping[str, Any]) -> str | None:
@@ -78,15 +74,6 @@ def why_over_by(limits: RunConfig, counts: Mapping[str, Any]) -> str | None:
     if counts.get("evaluation") is not None:
         state.evaluation = {"mean_return": counts["evaluation"]}
     return state.stop_reason()
-
-
-def is_best(evaluation: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
-    """Whether an evaluation makes its checkpoint the best: by Elo where there is a league, else by the mean return.
-
-    A tie goes to the newer one. Against an opponent that is always beaten, all mean returns are the same.
-    """
-    key = "elo" if "elo" in evaluation else "mean_return"
-    return evaluation[key] >= (best or {}).get(key, -np.inf)
 
 
 class Bookkeeper:
@@ -113,7 +100,7 @@ class Bookkeeper:
         self._next_tick = clock() + TICK_SECONDS
         self._last_evaluation = self._last_checkpoint = clock()
         self._evaluated_step = self._saved_step = 0
-        self._best: Mapping[str, Any] | None = None  # its evaluation
+        self._best_return = -np.inf
         self._shown_rejections: set[str] = set()
         self._told_losses = dict.fromkeys(LOSSES, 0)
         self.launch = launch
@@ -169,33 +156,19 @@ class Bookkeeper:
         self._evaluated_step = self._saved_step = stand.learner_steps
         self.state.restore(*stand)
         best = checkpoint.best_checkpoint(self.folder.checkpoints)
-        evaluations = self._stored_evaluations()
-        if best is None:
-            self._mark_best_again(evaluations)
-            return
-        of_the_best = [line for line in evaluations if line["learner_steps"] == best.step]
-        self._best = {**of_the_best[-1], "mean_return": best.mean_return} if of_the_best else best._asdict()
+        if best is not None:
+            self._best_return = best.mean_return
+        else:
+            self._mark_best_again()
 
-    def _stored_evaluations(self) -> list[dict[str, Any]]:
-        """Steps, mean return, and the Elo rating of those that have one."""
-        names = ("learner_steps", "mean_return", "elo")
-        lines = [
-            {name: line[name] for name in names if is_number(line.get(name))}
-            for line in self.folder.read_evaluations()
-        ]
-        return [line for line in lines if {"learner_steps", "mean_return"} <= line.keys()]
-
-    def _mark_best_again(self, evaluations: Sequence[Mapping[str, Any]]) -> None:
+    def _mark_best_again(self) -> None:
         """By the evaluations, of the checkpoints that are still there."""
-        for line in evaluations:
-            if is_best(line, self._best):
+        for line in self.folder.read_evaluations():
+            step, mean_return = line.get("learner_steps"), line.get("mean_return")
+            if isinstance(step, int) and isinstance(mean_return, float) and mean_return >= self._best_return:
                 with suppress(CheckpointError):
-                    self._mark_best(line)
-
-    def _mark_best(self, evaluation: Mapping[str, Any]) -> None:
-        step, mean_return = evaluation["learner_steps"], evaluation["mean_return"]
-        checkpoint.mark_best(self.folder.checkpoints, step, mean_return)
-        self._best = evaluation
+                    checkpoint.mark_best(self.folder.checkpoints, step, mean_return)
+                    self._best_return = mean_return
 
     def add_actor_report(self, report: ActorReport) -> None:
         """Counts what an actor did. A refusal is shown once for each kind of it."""
@@ -332,8 +305,10 @@ class Bookkeeper:
         if path.exists():
             if "elo" in result:
                 self.league.join(learner_steps, result["elo"])
-            if is_best(result, self._best):
-                self._mark_best(result)
+            # A tie goes to the newer one: an opponent that is always beaten tells them apart no more.
+            if result["mean_return"] >= self._best_return:
+                self._best_return = result["mean_return"]
+                checkpoint.mark_best(self.folder.checkpoints, learner_steps, self._best_return)
         self._last_evaluation = self._clock()
 
     def write_status(self, status: str, metrics: Mapping[str, float]) -> None:

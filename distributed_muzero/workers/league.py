@@ -73,7 +73,7 @@ class League:
         """
         if not games:
             return self._last_elo()
-        return fit_rating([(game["elo"], game["games"], game["points"]) for game in games])
+        return round(fit_rating([(game["elo"], game["games"], game["points"]) for game in games]), 1)
 
     def join(self, step: int, elo: float) -> None:
         """A checkpoint was rated; too many members, and one leaves. Raises RunError if the disk refuses."""

@@ -119,7 +119,9 @@ def test_temperature_falls_with_the_learners_step():
 
 def test_games_begin_after_random_moves_that_are_not_kept():
     builder = make_builder(
-        "openspiel:tic_tac_toe", actor={"opening_plies": 4, "envs_per_actor": 8}, search={"num_simulations": 2}
+        "openspiel:tic_tac_toe",
+        actor={"opening_plies": 4, "envs_per_actor": 8},
+        search={"num_simulations": 2},
     )
     episodes = played(builder, 200)
     starts = Counter(int((episode.observations[0][:2] != 0).sum()) for episode in episodes)
@@ -130,7 +132,9 @@ def test_games_begin_after_random_moves_that_are_not_kept():
         num_played = int((episode.observations[0][:2] != 0).sum())
         assert episode.to_play[0] == num_played % 2
         assert (episode.policies.sum(1) > 0.999).all()
-        assert (episode.observations[:-1, :2].any(1).sum((1, 2)) == num_played + np.arange(episode.num_steps)).all()
+        assert (
+            episode.observations[:-1, :2].any(1).sum((1, 2)) == num_played + np.arange(episode.num_steps)
+        ).all()
 
 
 def test_games_in_lockstep_do_not_reach_each_other():

@@ -14,7 +14,7 @@ from distributed_muzero.config import Config, make_config
 from distributed_muzero.matches.elo import elo_difference
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.run_folder import Launch, create_run
-from distributed_muzero.workers.bookkeeper import Bookkeeper, is_best, why_over
+from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.league import League, Member, sealed, thinned, unsealed
 
 
@@ -208,36 +208,20 @@ def test_members_are_spared_from_pruning_for_as_long_as_they_are_members(run):
     books.close()
 
 
-def test_with_a_league_the_best_has_the_highest_rating_and_a_tie_goes_to_the_newer(run):
-    books = Books(run)
-    books.evaluate(10, evaluation(1.0))
-    books.evaluate(20, evaluation(1.0, against(0.0, 8.0)))
-    books.evaluate(30, evaluation(1.0, against(0.0, 6.0)))  # always won against the opponent, as before
+@pytest.mark.parametrize("league_size", [0, 4])
+def test_the_best_has_the_highest_mean_return_and_a_tie_goes_to_the_newer(run, league_size):
+    books = Books(run, league_size=league_size)
+    books.evaluate(10, evaluation(0.5, against(0.0, 8.0)))
+    books.evaluate(20, evaluation(1.0, against(0.0, 4.0)))
     assert books.best() == 20
-    books.evaluate(40, evaluation(0.5, against(0.0, 8.0)))  # as high as that of 20
+    books.evaluate(30, evaluation(0.5, against(0.0, 8.0)))
+    assert books.best() == 20
+    # The opponent is always beaten by now, and the ratings are those of a few games.
+    books.evaluate(40, evaluation(1.0, against(0.0, 3.0)))
     assert books.best() == 40
     books.close()
-    books = Books(run, launch=1)
-    books.evaluate(50, evaluation(1.0, against(0.0, 7.5)))
-    assert books.best() == 40, "the next launch knows the best one's rating"
-    books.evaluate(60, evaluation(0.0, against(300.0, 8.0)))
-    assert books.best() == 60
-    books.close()
-
-
-def test_without_a_league_the_best_has_the_highest_mean_return(run):
-    books = Books(run, league_size=0)
-    for step, mean_return in ((10, 0.25), (20, 0.5), (30, 0.0)):
-        books.evaluate(step, evaluation(mean_return))
-    assert books.best() == 20
-    books.close()
-    assert not (run.path / "league.json").exists()
-    assert all("elo" not in line for line in run.read_evaluations())
-    # One that gets a rating is not compared with one that has none.
-    books = Books(run, launch=1)
-    books.evaluate(40, evaluation(-1.0))
-    assert books.best() == 40
-    books.close()
+    assert (run.path / "league.json").exists() == (league_size > 0)
+    assert any("elo" in line for line in run.read_evaluations()) == (league_size > 0)
 
 
 def test_one_player_has_no_league(run):
@@ -252,23 +236,6 @@ def test_one_player_has_no_league(run):
     assert "league/" not in run.metrics_file.read_text()
 
 
-def test_a_mean_return_that_is_no_number_is_never_the_best():
-    assert not is_best({"mean_return": float("nan")}, None)
-    assert is_best({"mean_return": -3.0}, None)
-
-
-def test_a_goal_that_was_reached_by_another_than_the_highest_rating_ends_the_run(run):
-    books = Books(run)
-    books.evaluate(10, evaluation(0.0))
-    books.evaluate(20, evaluation(0.5, against(0.0, 8.0)))
-    books.evaluate(30, evaluation(1.0, against(0.0, 4.0)))
-    assert books.best() == 20
-    books.close()
-    assert why_over(run) is None
-    limited = run.with_config(make_config(run.config.model_dump(), {"run": {"stop_at_return": 0.9}}))
-    assert "reached a mean return of 1.0" in why_over(limited)
-
-
 def test_status_and_records_tell_score_and_rating(run):
     books = Books(run)
     books.evaluate(10, evaluation(1.0, score=1.0, wins=2, draws=0, losses=0, opponent="random"))
@@ -277,8 +244,8 @@ def test_status_and_records_tell_score_and_rating(run):
     rating = elo_difference(8.5 / 9)
     first, second = run.read_evaluations()
     assert (first["elo"], first["league"], first["opponent"]) == (0.0, [], "random")
-    assert second["elo"] == pytest.approx(rating) and second["league"] == against(0.0, 8.0)
+    assert second["elo"] == pytest.approx(rating, abs=0.05) and second["league"] == against(0.0, 8.0)
     status = run.read_status()
-    assert status["score"] == 0.5 and status["elo"] == pytest.approx(rating)
+    assert status["score"] == 0.5 and status["elo"] == pytest.approx(rating, abs=0.05)
     last = json.loads(run.metrics_file.read_text().splitlines()[-1])
     assert last["league/members"] == 2 and last["league/lost_members"] == 0
