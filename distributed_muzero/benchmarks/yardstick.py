@@ -1,10 +1,15 @@
-"""E64, the network that searches are compared on: as small as CartPole needs, so that the tree shows.
+"""The two networks that searches are compared on, as small as their games need, so that the tree shows.
 
-Representation 4→64→64, transition (64+2)→64→64, reward and value 64→64→21, policy 64→64→2; ReLU, min-max
-normalised embedding, categorical values over −10…10 in units of h(x).
+    E64   CartPole's size, 50 simulations: representation 4→64→64, transition (64+2)→64→64, reward and value
+          64→64→21, policy 64→64→2
+    T64   tic-tac-toe's size, 200 simulations, two players: 27→64→64, (64+9)→64→64, 64→64→21, 64→64→9
+
+ReLU, min-max normalised embedding, categorical values over −10…10 in units of h(x).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,17 +20,31 @@ from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.networks.mlp import MLP
 
 CARTPOLE = EnvironmentSpec("CartPole-v1", (4,), np.dtype(np.float32), (2,))
+TICTACTOE = EnvironmentSpec("tic_tac_toe", (3, 3, 3), np.dtype(np.float32), (9,), num_players=2)
 E64 = NetworkConfig(embedding_size=64, hidden_sizes=(64,), support_min=-10, support_max=10, support_size=21)
 
 
-def make_e64(seed: int = 0) -> MLP:
-    """E64 with random weights in every layer: heads that start from zero would grow the same tree everywhere."""
+class Yardstick(NamedTuple):
+    spec: EnvironmentSpec
+    simulations: int
+    discount: float  # of an edge in the search
+
+
+YARDSTICKS = {"E64": Yardstick(CARTPOLE, 50, 0.997), "T64": Yardstick(TICTACTOE, 200, -1.0)}
+
+
+def make_network(spec: EnvironmentSpec, seed: int = 0) -> MLP:
+    """Random weights in every layer: heads that start from zero would grow the same tree everywhere."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        networks = MLP(CARTPOLE, 1, E64)
+        networks = MLP(spec, 1, E64)
         for layer in linear_layers(networks):
             layer.reset_parameters()
     return networks
+
+
+def make_e64(seed: int = 0) -> MLP:
+    return make_network(CARTPOLE, seed)
 
 
 def linear_layers(module: nn.Module) -> list[nn.Linear]:
@@ -43,6 +62,7 @@ def multiply_adds(networks: MLP) -> int:
     return sum(layer.weight.numel() for part in parts for layer in linear_layers(part))
 
 
-def make_observations(batch: int, seed: int = 0) -> np.ndarray:
-    """[B, 1, 4] float32, of the size that CartPole's are."""
-    return np.random.default_rng(seed).normal(size=(batch, 1, 4)).astype(np.float32)
+def make_observations(batch: int, seed: int = 0, spec: EnvironmentSpec = CARTPOLE) -> np.ndarray:
+    """[B, 1, *O] float32, normally distributed: of the size that CartPole's are."""
+    shape = batch, 1, *spec.observation_shape
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)

@@ -40,18 +40,29 @@ def show(result: dict[str, Any], print_table: Callable[[Any], None], as_json: bo
 @app.command()
 def search(
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,64,256",
-    simulations: Annotated[int, typer.Option(min=1, help="Simulations a search.")] = 50,
-    policy: Annotated[str, typer.Option(help="muzero or gumbel.")] = "muzero",
+    simulations: Annotated[
+        int | None, typer.Option(min=1, help="Simulations a search; by default 50 for E64, 200 for T64.")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="muzero or gumbel, or both by commas.")] = "muzero",
+    network: Annotated[
+        str, typer.Option(help="E64 (CartPole's size) or T64 (tic-tac-toe's), or both by commas.")
+    ] = "E64",
     against: Annotated[str | None, typer.Option(help="Also run this one on the same network: mctx.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Simulations per second of the search on the yardstick network E64, on one thread."""
+    """Simulations per second of CPU time of the search on small yardstick networks, on one thread."""
     if against not in (None, "mctx"):
         raise ConfigError(f"--against {against!r}: only mctx is known")
     sizes = numbers("--batches", batches)
     from distributed_muzero.benchmarks.search import print_table, run
 
-    result = run(batches=sizes, simulations=simulations, against_mctx=against == "mctx", policy=policy)
+    result = run(
+        batches=sizes,
+        simulations=simulations,
+        against_mctx=against == "mctx",
+        policies=policy.split(","),
+        networks=network.split(","),
+    )
     show(result, print_table, as_json)
 
 

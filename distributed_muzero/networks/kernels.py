@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
+from numba.extending import overload
 
 from distributed_muzero.algorithm.value_transform import EPSILON
 
@@ -47,6 +48,41 @@ def apply_layers(x: np.ndarray, layers: Sequence[Layer], outs: Sequence[np.ndarr
     return x
 
 
+def dense(x: np.ndarray, layer: Layer, picks: np.ndarray, relu: bool, out: np.ndarray) -> None:
+    """out [B, O] = x [B, I] @ weight [I, O] + biases [R, O] of the rows' picks [B], then ReLU if asked for.
+
+    By BLAS; where it is compiled, by a loop, which takes a few rows less time than the calls.
+    """
+    np.dot(x, layer.weight, out=out)
+    add_rows(out, layer.bias, picks, relu)
+
+
+@overload(dense, jit_options={"fastmath": FAST})
+def _compiled_dense(x, layer, picks, relu, out):
+    def loop(x, layer, picks, relu, out):
+        weight, biases = layer
+        num_inputs, num_outputs = weight.shape
+        by_fours = num_inputs - num_inputs % 4
+        for b in range(x.shape[0]):
+            y, bias = out[b], biases[picks[b]]
+            for o in range(num_outputs):
+                y[o] = bias[o]
+            for i in range(0, by_fours, 4):
+                x0, x1, x2, x3 = x[b, i], x[b, i + 1], x[b, i + 2], x[b, i + 3]
+                w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
+                for o in range(num_outputs):
+                    y[o] += x0 * w0[o] + x1 * w1[o] + x2 * w2[o] + x3 * w3[o]
+            for i in range(by_fours, num_inputs):
+                w = weight[i]
+                for o in range(num_outputs):
+                    y[o] += x[b, i] * w[o]
+            if relu:
+                for o in range(num_outputs):
+                    y[o] = max(y[o], np.float32(0))
+
+    return loop
+
+
 @njit(cache=True)
 def gather(embeddings, parents, out):
     """out[b] = embeddings[parents[b], b], of embeddings [nodes, B, E]."""
@@ -58,9 +94,10 @@ def gather(embeddings, parents, out):
 def add_rows(x, rows, actions, relu):
     """x [B, I] += rows [A, I] of the rows' actions [B], then ReLU if asked for."""
     for b in range(x.shape[0]):
+        out, row = x[b], rows[actions[b]]
         for i in range(x.shape[1]):
-            y = x[b, i] + rows[actions[b], i]
-            x[b, i] = max(y, np.float32(0)) if relu else y
+            y = out[i] + row[i]
+            out[i] = max(y, np.float32(0)) if relu else y
 
 
 @njit(cache=True, fastmath=FAST)

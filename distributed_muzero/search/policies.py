@@ -11,9 +11,16 @@ from distributed_muzero.config import SearchConfig
 from distributed_muzero.errors import ContractError
 from distributed_muzero.search import gumbel, puct
 from distributed_muzero.search.root import NO_NOISE, dirichlet_logits, plant_roots
-from distributed_muzero.search.simulate import Expand, make_step, run_simulations
+from distributed_muzero.search.simulate import Expand, Rule, run_simulations
 from distributed_muzero.search.tree import ROOT, Tree, make_tree
 from distributed_muzero.types import SearchResult
+
+MUZERO_RULES = {
+    "parent_and_siblings": Rule(puct.select_parent_and_siblings),
+    "tree_min_max": Rule(puct.select_between_bounds, track_bounds=True),
+    "min_max": Rule(puct.select_between_bounds),
+}
+GUMBEL_RULE = Rule(gumbel.select_interior, select_root=gumbel.select_root)
 
 
 def muzero_search(
@@ -45,7 +52,7 @@ def muzero_search(
     plant_roots(tree, root_logits, root_values, np.array(legal_mask, order="C"), drawn, fraction)
     run_simulations(
         tree,
-        _muzero_step(config.q_normalization),
+        MUZERO_RULES[config.q_normalization],
         _exploration_table(num_simulations, config.pb_c_init, config.pb_c_base, np.dtype(dtype)),
         expand,
         discount=discount,
@@ -88,7 +95,7 @@ def gumbel_search(
     settings = gumbel.make_settings(root_logits, legal_mask, root_gumbel, num_simulations, config)
     run_simulations(
         tree,
-        _gumbel_step(),
+        GUMBEL_RULE,
         settings,
         expand,
         discount=discount,
@@ -130,15 +137,3 @@ def _first_bounds(config: SearchConfig, batch: int, dtype: DTypeLike) -> np.ndar
 
 
 _exploration_table = lru_cache(puct.exploration_table)
-
-
-@lru_cache
-def _muzero_step(q_normalization: str):
-    if q_normalization == "parent_and_siblings":
-        return make_step(puct.select_parent_and_siblings, track_bounds=False)
-    return make_step(puct.select_between_bounds, track_bounds=q_normalization == "tree_min_max")
-
-
-@lru_cache
-def _gumbel_step():
-    return make_step(gumbel.select_interior, select_root=gumbel.select_root, track_bounds=False)

@@ -6,12 +6,15 @@ A policy hands in its selection rule and that rule's own array; nothing here kno
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from numba.extending import register_jitable
 
 from distributed_muzero.errors import ContractError, NonFiniteError
 from distributed_muzero.search.tree import NONE, ROOT, Tree, attach, backup, write_priors
@@ -30,67 +33,111 @@ class Expansion(NamedTuple):
 # embeddings, by (row, node). A child may exist already: at max_depth it is asked about again.
 Expand = Callable[[np.ndarray, np.ndarray, np.ndarray], Expansion]
 
-Select = Callable[
-    ..., int
-]  # select(nodes, edges, q_bounds, settings, row, node) -> action, @register_jitable
+Answer = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # an Expansion whose discounts are filled in
+
+# select(nodes, edges, q_bounds, settings, row, node) -> action, @register_jitable
+Select = Callable[..., int]
 
 
-def _sources_digest() -> int:
-    """Of this package's sources. Numba renews a cached kernel when its own file changes, not when one that it
+@dataclass(frozen=True)
+class CompiledExpand:
+    """An `Expand` that a search can also compile into its loop: no simulation then goes through Python.
+
+    function(arrays, parents, actions, children, rewards, values, prior_logits), @register_jitable, writes the answer
+    into the last three, whose float type is the tree's. `plain` must give the same.
+    """
+
+    function: Callable[..., None]
+    arrays: Any  # a tuple that numba can type
+    room: tuple[int, int, int]  # rows, nodes of a row and actions that the arrays are made for
+    plain: Expand
+
+    def __call__(self, parents: np.ndarray, actions: np.ndarray, children: np.ndarray, /) -> Expansion:
+        return self.plain(parents, actions, children)
+
+
+class Rule(NamedTuple):
+    """How a policy selects. Plain functions marked `register_jitable`, not compiled ones: numba pickles these by name,
+    which keeps the cache on disk valid in the next process."""
+
+    select: Select
+    select_root: Select | None = None  # the root's own rule, where it has one
+    track_bounds: bool = False
+
+
+def _sources_digest(*files: str) -> int:
+    """Of all sources beside these files. Numba renews a cached kernel when its own file changes, not when one that it
     calls into does; with this number in the kernel's closure, it does."""
     digest = sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    for folder in sorted({Path(file).parent for file in files}):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
     return int.from_bytes(digest.digest()[:6], "big")
 
 
-_SOURCES_DIGEST = _sources_digest()
+@register_jitable
+def _ask_python(arrays, parents, actions, children, rewards, values, prior_logits):
+    """In place of an expand that isn't compiled."""
 
 
-def make_step(select: Select, *, select_root: Select | None = None, track_bounds: bool) -> Callable[..., int]:
-    """Compiles the one call that a simulation costs: back up simulation i − 1, descend for simulation i.
-
-    select_root: the root's own rule, where it has one.
-    `select` is a plain function marked `register_jitable`, not a compiled one: numba pickles it by name, which
-    keeps the cache on disk valid in the next process.
-    """
-    digest = _SOURCES_DIGEST
-    select_first = select if select_root is None else select_root
+@lru_cache
+def make_step(rule: Rule, expand: Callable[..., None] = _ask_python) -> Callable[..., int]:
+    """Compiles what a search does without Python: with an `expand` all simulations, else what stands between two calls
+    of the model, which is to back up simulation i − 1 and to descend for simulation i."""
+    digest = _sources_digest(__file__, expand.__code__.co_filename)
+    select, track_bounds = rule.select, rule.track_bounds
+    select_first = rule.select_root or select
+    goes_on = expand is not _ask_python
 
     # No rule divides by 0; the check for it before each division would cost a quarter of a Gumbel simulation.
     @numba.njit(cache=True, nogil=True, error_model="numpy")
     def step(
-        nodes, edges, q_bounds, settings, leaves, made, max_depth, rewards, values, prior_logits, discounts
+        nodes,
+        edges,
+        q_bounds,
+        settings,
+        arrays,
+        leaves,
+        made,
+        max_depth,
+        rewards,
+        values,
+        prior_logits,
+        discounts,
     ):
         """`made` nodes exist, the root among them. Returns -1, or the first row that isn't finite."""
         assert digest >= 0  # keeps the digest in the closure, and so in the cache's key
         num_rows, num_nodes = nodes.shape
-        for row in range(num_rows):
-            if made > 1:
-                parent, action, child = leaves[0, row], leaves[1, row], leaves[2, row]
-                attach(nodes, row, parent, action, child, values[row], rewards[row], discounts[row])
-                known = write_priors(edges, row, child, prior_logits)
-                returns = backup(nodes, edges, q_bounds, track_bounds, row, child)
-                if not (known and np.isfinite(returns)):
-                    return row
-            if made < num_nodes:
-                node, depth = ROOT, 1
-                action = select_first(nodes, edges, q_bounds, settings, row, node)
-                child = edges[row, node, action].child
-                while child != NONE and depth < max_depth:
-                    node, depth = child, depth + 1
-                    action = select(nodes, edges, q_bounds, settings, row, node)
+        while True:
+            for row in range(num_rows):
+                if made > 1:
+                    parent, action, child = leaves[0, row], leaves[1, row], leaves[2, row]
+                    attach(nodes, row, parent, action, child, values[row], rewards[row], discounts[row])
+                    known = write_priors(edges, row, child, prior_logits)
+                    returns = backup(nodes, edges, q_bounds, track_bounds, row, child)
+                    if not (known and np.isfinite(returns)):
+                        return row
+                if made < num_nodes:
+                    node, depth = ROOT, 1
+                    action = select_first(nodes, edges, q_bounds, settings, row, node)
                     child = edges[row, node, action].child
-                leaves[0, row], leaves[1, row] = node, action
-                leaves[2, row] = child if child != NONE else made
-        return NONE
+                    while child != NONE and depth < max_depth:
+                        node, depth = child, depth + 1
+                        action = select(nodes, edges, q_bounds, settings, row, node)
+                        child = edges[row, node, action].child
+                    leaves[0, row], leaves[1, row] = node, action
+                    leaves[2, row] = child if child != NONE else made
+            if not goes_on or made == num_nodes:
+                return NONE
+            expand(arrays, leaves[0], leaves[1], leaves[2], rewards, values, prior_logits)
+            made += 1
 
     return step
 
 
 def run_simulations(
     tree: Tree,
-    step: Callable[..., int],
+    rule: Rule,
     settings: Any,
     expand: Expand,
     *,
@@ -98,24 +145,56 @@ def run_simulations(
     max_depth: int | None,
     q_bounds: np.ndarray,
 ) -> None:
-    """Grows `tree` until it is full, with one call of `expand` a simulation.
+    """Grows `tree` until it is full, asking `expand` once a simulation.
 
-    settings: what the selection rule reads. q_bounds: [B, 2], changed if the step tracks bounds.
+    settings: what the selection rule reads. q_bounds: [B, 2], changed if the rule tracks bounds.
+    A compiled expand is asked from Python too, where the tree isn't of its float type, float32.
     Raises ContractError for a wrong shape and NonFiniteError for NaN or Inf from the model; both name the
     simulation.
     """
     nodes, edges = tree
-    batch, num_nodes = nodes.shape
-    dtype = q_bounds.dtype
-    limit = max_depth or num_nodes
+    batch, num_nodes, num_actions = edges.shape
     leaves = np.empty((3, batch), np.int32)
+    limit = max_depth or num_nodes
+    answer = _empty_answer(batch, num_actions, discount, q_bounds.dtype)
+    if isinstance(expand, CompiledExpand) and q_bounds.dtype == np.float32:
+        if expand.room != edges.shape:
+            raise ContractError(
+                f"the model has room for {expand.room} (rows, nodes, actions), and the search needs "
+                f"{edges.shape}; call the model's initial() with this search's rows and nodes"
+            )
+        step = make_step(rule, expand.function)
+        bad_row = step(nodes, edges, q_bounds, settings, expand.arrays, leaves, 1, limit, *answer)
+    else:
+        step = partial(make_step(rule), nodes, edges, q_bounds, settings, (), leaves)
+        bad_row, answer = _ask_each_time(step, expand, leaves, num_nodes, limit, answer)
+    if bad_row != NONE:
+        raise _not_finite(int(nodes[bad_row, ROOT]["visits"]) - 2, bad_row, Expansion(*answer))
+
+
+def _empty_answer(batch: int, num_actions: int, discount: float, dtype: np.dtype) -> Answer:
+    rewards, values = np.zeros((2, batch), dtype)
+    return rewards, values, np.zeros((batch, num_actions), dtype), np.full(batch, discount, dtype)
+
+
+def _ask_each_time(
+    step: Callable[..., int],
+    expand: Expand,
+    leaves: np.ndarray,
+    num_nodes: int,
+    limit: int,
+    answer: Answer,
+) -> tuple[int, Answer]:
+    """Calls the model from Python. `answer` holds the search's shapes, float type and discounts.
+
+    Returns -1 or the first row that isn't finite, and the model's last answer.
+    """
     parents, actions, children = leaves
-    row_shape, logits_shape = (batch,), (batch, edges.shape[2])
-    rewards = values = np.zeros(batch, dtype)
-    prior_logits = np.zeros(logits_shape, dtype)
-    discounts = constant_discounts = np.full(batch, discount, dtype)
+    rewards, values, prior_logits, discounts = answer
+    constant_discounts = discounts
+    dtype, row_shape, logits_shape = rewards.dtype, rewards.shape, prior_logits.shape
     as_array = np.ascontiguousarray
-    step(nodes, edges, q_bounds, settings, leaves, 1, limit, rewards, values, prior_logits, discounts)
+    bad_row = step(1, limit, rewards, values, prior_logits, discounts)
     for made in range(2, num_nodes + 1):
         expansion = expand(parents, actions, children)
         rewards = as_array(expansion.rewards, dtype)
@@ -128,12 +207,11 @@ def run_simulations(
             rewards.shape == values.shape == discounts.shape == row_shape
             and prior_logits.shape == logits_shape
         ):
-            raise _wrong_shape(made - 2, expansion, batch, edges.shape[2])
-        bad_row = step(
-            nodes, edges, q_bounds, settings, leaves, made, limit, rewards, values, prior_logits, discounts
-        )
+            raise _wrong_shape(made - 2, expansion, *logits_shape)
+        bad_row = step(made, limit, rewards, values, prior_logits, discounts)
         if bad_row != NONE:
-            raise _not_finite(made - 2, bad_row, Expansion(rewards, values, prior_logits, discounts))
+            break
+    return bad_row, (rewards, values, prior_logits, discounts)
 
 
 def _wrong_shape(simulation: int, expansion: Expansion, batch: int, num_actions: int) -> ContractError:

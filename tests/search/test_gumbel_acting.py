@@ -1,4 +1,4 @@
-"""Gumbel MuZero outside the search itself: planning, acting, reanalysis, the benchmark."""
+"""Gumbel MuZero outside the search itself: planning, acting, reanalysis."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,7 @@ import torch
 from distributed_muzero import acting, planning
 from distributed_muzero.algorithm.planning import plan_and_decide, plan_batch
 from distributed_muzero.algorithm.reanalyse import refresh
-from distributed_muzero.benchmarks import search as bench
 from distributed_muzero.config import SearchConfig
-from distributed_muzero.errors import ConfigError
 from distributed_muzero.networks.base import FunctionNetworks
 from distributed_muzero.networks.inference import make_search_model
 from tests.episodes import make_episode
@@ -120,14 +118,6 @@ def test_nim_is_played_with_noise_by_the_rules():
     steps = acting(Nim(9), *nim_functions(), search=GUMBEL, discount=1.0, rng=rng())
     assert sum(step.action + 1 for step in steps) == 9
     assert steps[-1].reward == 1 and all(float(step.policy.sum()) == pytest.approx(1) for step in steps)
-
-
-def test_the_benchmark_measures_the_policy_that_is_asked_for():
-    result = bench.run(batches=(2,), simulations=5, repeats=1, seconds=0.001, policy="gumbel")
-    assert [row["policy"] for row in result["rows"]] == ["gumbel"]
-    assert result["rows"][0]["sims_per_second"] > 0 and result["rows"][0]["tree_sims_per_second"] > 0
-    with pytest.raises(ConfigError, match="'alphazero': expected muzero or gumbel"):
-        bench.run(policy="alphazero")
 
 
 def test_the_benchmarks_other_side_plans_as_ours_does():

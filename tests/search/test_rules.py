@@ -174,11 +174,11 @@ def test_float32_answers_as_float64_does_but_for_rounding(policy):
 def test_a_second_process_starts_from_the_cache_on_disk(policy):
     world = make_world(12)
     search_world(world, SearchConfig(num_simulations=2, policy=policy))
-    step = {"muzero": "_muzero_step('parent_and_siblings')", "gumbel": "_gumbel_step()"}[policy]
+    rule = {"muzero": "MUZERO_RULES['parent_and_siblings']", "gumbel": "GUMBEL_RULE"}[policy]
     code = (
-        "from tests.search.worlds import *; from distributed_muzero.search import gumbel, policies\n"
+        "from tests.search.worlds import *; from distributed_muzero.search import gumbel, policies, simulate\n"
         f"search_world(make_world(12), SearchConfig(num_simulations=2, policy='{policy}'))\n"
-        f"kernels = policies.{step}, gumbel.write_answers\n"
+        f"kernels = simulate.make_step(policies.{rule}), gumbel.write_answers\n"
         "print(sum(kernel.stats.cache_misses.total() for kernel in kernels))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
