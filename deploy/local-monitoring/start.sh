@@ -18,6 +18,7 @@ fail() {
 
 # What deploy/monitoring/prometheus.yml expects beside itself.
 lay_out() {
+  [[ -d $runs ]] || echo "there was no folder $runs yet: it is made, and holds no runs" >&2
   mkdir -p "$runs/.prometheus" "$state"
   chmod 700 "$state"
   rm -f "$state"/{runs,rules.yml,ray_token}
@@ -58,7 +59,7 @@ answers() {
 
 # check_free PORT VARIABLE
 check_free() {
-  ! answers "$1" || fail "port $1 of this machine is taken; choose another: $2=… $0"
+  ! answers "$1" || fail "port $1 of this machine is taken; choose another: $2=… $0 $runs"
 }
 
 # await NAME PID PORT: until it listens.

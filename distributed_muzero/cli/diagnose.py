@@ -52,7 +52,7 @@ def diagnose(
     folder = open_to_read(run, runs_dir, NOT_NEEDED if replay else (*NOT_NEEDED, "replay"))
     saved = checkpoints.load_checkpoint(folder, which)
     result = diagnose_run(folder, saved, episodes, replay, depth, simulations, seed)
-    if result["distinct_games"] == 1 < result["games"]:
+    if not replay and result["distinct_games"] == 1 < result["games"]:
         print(
             f"all {result['games']} games are alike: without noise, nothing in them is random. --replay takes the "
             "run's stored games, which differ",

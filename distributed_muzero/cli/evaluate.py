@@ -134,17 +134,14 @@ def check_players(
         )
 
 
-def evaluate_run(
-    folder: RunFolder, num_episodes: int, seeds: Sequence[int], num_simulations: int | None
-) -> dict[str, Any]:
-    """Evaluates the best checkpoint, or the last one where none was evaluated: alone, or a game for two against
-    random moves. Raises CheckpointError."""
-    if num_players(folder) == 2:
-        num_games = num_episodes + num_episodes % 2
-        return evaluate_against(
-            folder, "random", num_games, seeds, checkpoints.BEST, Manner(num_simulations), None, ""
-        )
-    return evaluate_alone(folder, num_episodes, seeds, checkpoints.BEST, num_simulations)
+def evaluate_run(folder: RunFolder, seeds: Sequence[int]) -> dict[str, Any]:
+    """Evaluates the best checkpoint, or the last one where none was evaluated, as the run's evaluator does: alone, or a
+    game for two against its opponent. Raises CheckpointError."""
+    section = folder.config.evaluator
+    if num_players(folder) == 1:
+        return evaluate_alone(folder, section.num_episodes, seeds, checkpoints.BEST, section.num_simulations)
+    num_games, manner = section.num_episodes + section.num_episodes % 2, Manner(section.num_simulations)
+    return evaluate_against(folder, section.opponent, num_games, seeds, checkpoints.BEST, manner, None, "")
 
 
 def evaluate_alone(

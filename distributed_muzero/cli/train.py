@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -197,6 +197,10 @@ def run_training(
     check_name(config.network.name)
     environment = make_environment(config.environment)
     environment.close()
+    if config.evaluator.opponent != "random":
+        from distributed_muzero.workers.match_evaluator import make_opponent
+
+        make_opponent(config.evaluator.opponent, partial(make_environment, config.environment))
     check_port(config.metrics)
     check_datasets([dataset_path(dataset) for dataset in datasets], environment.spec)
 
@@ -268,7 +272,7 @@ def train_in(
     print(f"environment steps: {state.env_steps}, learner steps: {state.learner.learner_steps}")
     if not ending.was_stopped and state.learner.learner_steps and not stop.is_set():
         seeds = (config.run.seed, FINAL_EVALUATION_STREAM)
-        print_result(evaluate_run(folder, config.evaluator.num_episodes, seeds, None))
+        print_result(evaluate_run(folder, seeds))
 
 
 def check_can_begin(folder: RunFolder, counts: Mapping[str, Any]) -> None:

@@ -26,14 +26,18 @@ def connect(address: str, **options: Any) -> None:
         ray.init(
             address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR, **options
         )
-    except (OSError, RuntimeError, ValueError, AuthenticationError) as error:
+    # Ray raises a bare Exception where its processes don't start in time.
+    except Exception as error:
         raise ClusterError(why_not(address, error)) from None
 
 
 def why_not(address: str, error: Exception) -> str:
     """What `ray.init` said at an address, and what to do about it."""
     if address == "local":
-        return f"Ray can't be started on this machine: {first_line(error)}; --in-process trains without it"
+        return (
+            f"Ray can't be started on this machine: {first_line(error)}; --in-process trains without it. A machine that is "
+            "busy may need longer: RAY_raylet_start_wait_time_s=200"
+        )
     if str(error).startswith("Version mismatch"):
         versions = " ".join(str(error).split())
         return f"can't join the Ray cluster at {address}: {versions}; --address http://HOST:8265 takes any version"

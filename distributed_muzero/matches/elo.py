@@ -36,21 +36,19 @@ def elo_interval(score: float, num_games: int, z: float = NORMAL_95) -> tuple[fl
     return elo_difference(low), elo_difference(high)
 
 
-def fit_rating(opponents: Sequence[tuple[float, int, float]], prior_draws: float = 1.0) -> float:
+def fit_rating(opponents: Sequence[tuple[float, int, float]]) -> float:
     """The rating that best explains games against opponents, each (rating, number of games, points).
 
-    Maximum likelihood with `prior_draws` further drawn games against each opponent, which keeps a player that won or
-    lost everything at a finite distance. Raises ValueError without an opponent.
+    Maximum likelihood, 4000 beyond the opponents at most: no rating explains that everything was won, or lost. Raises
+    ValueError without an opponent.
     """
     if not opponents:
         raise ValueError("a rating needs an opponent")
-    points = sum(won + prior_draws / 2 for _, _, won in opponents)
+    points = sum(won for _, _, won in opponents)
     low = min(rating for rating, _, _ in opponents) - 4000.0
     high = max(rating for rating, _, _ in opponents) + 4000.0
     for _ in range(60):
         middle = (low + high) / 2
-        expected = sum(
-            (games + prior_draws) * expected_score(middle - rating) for rating, games, _ in opponents
-        )
+        expected = sum(games * expected_score(middle - rating) for rating, games, _ in opponents)
         low, high = (middle, high) if expected < points else (low, middle)
     return (low + high) / 2

@@ -41,6 +41,8 @@ class ObservationNormalizer(nn.Module):
     @torch.no_grad()
     def _update(self, x: Tensor) -> None:
         self.num_batches += 1
+        # It is among the weights: unbounded, it would go beyond what float16 holds, in which they may travel.
+        self.num_batches.clamp_(max=1 / SLOWEST_RATE)
         rate = torch.clamp(1 / self.num_batches, min=SLOWEST_RATE)
         self.mean.lerp_(x.mean(0), rate)
         self.variance.lerp_(((x - self.mean) ** 2).mean(0), rate)

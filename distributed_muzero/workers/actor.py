@@ -22,6 +22,7 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = (
     0.005,
     0.08,
 )  # between two offers to shards that hold the actors back
+OPENING_TRIES = 10  # for one that doesn't end its game
 FLUSH_EPISODES = 4  # short games are delivered together, as a call costs as much as a step
 
 
@@ -150,10 +151,15 @@ class Actor:
 
     def _start(self, env: Environment) -> Game:
         seed = int(self._rng.integers(2**31))
-        game = Game(env, self.config.environment.history_length, seed)
-        if longest := self.config.actor.opening_plies:
-            game.play_opening(int(self._rng.integers(longest + 1)), self._rng)
-        return Game(env, self.config.environment.history_length, seed) if game.is_over else game
+        history_length, longest = self.config.environment.history_length, self.config.actor.opening_plies
+        if longest:
+            num_moves = int(self._rng.integers(longest + 1))
+            for _ in range(OPENING_TRIES):
+                game = Game(env, history_length, seed)
+                game.play_opening(num_moves, self._rng)
+                if not game.is_over:
+                    return game
+        return Game(env, history_length, seed)
 
     def _finish(self, game: Game, model: SearchModel) -> Episode:
         # A time limit is no ending: the final observation is worth what the network says (decision 3).

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ def read_stand(folder: RunFolder, tell: Callable[[str], None]) -> Stand:
 
 def why_over(folder: RunFolder) -> str | None:
     """Which limit or goal a run has reached before it is launched again, in words; changes nothing."""
-    best = checkpoint.best_checkpoint(folder.checkpoints)
+    best = best_so_far(folder)
     stand = read_stand(folder, lambda _: None)
     return why_over_by(folder.config.run, {**stand._asdict(), "evaluation": best and best.mean_return})
 
@@ -74,6 +75,18 @@ def why_over_by(limits: RunConfig, counts: Mapping[str, Any]) -> str | None:
     if counts.get("evaluation") is not None:
         state.evaluation = {"mean_return": counts["evaluation"]}
     return state.stop_reason()
+
+
+def best_so_far(folder: RunFolder) -> checkpoint.Best | None:
+    """The best checkpoint; of a game for two, if it was evaluated against the opponent that the config names."""
+    best = checkpoint.best_checkpoint(folder.checkpoints)
+    lines = [line for line in folder.read_evaluations() if best and line.get("learner_steps") == best.step]
+    return best if not lines or is_comparable(lines[-1], folder.config) else None
+
+
+def is_comparable(evaluation: Mapping[str, Any], config: Config) -> bool:
+    """Whether an evaluation of two players was against the opponent that the config names; always so of one."""
+    return evaluation.get("opponent") in (None, config.evaluator.opponent)
 
 
 class Bookkeeper:
@@ -155,7 +168,7 @@ class Bookkeeper:
         stand = read_stand(self.folder, self.progress.message)
         self._evaluated_step = self._saved_step = stand.learner_steps
         self.state.restore(*stand)
-        best = checkpoint.best_checkpoint(self.folder.checkpoints)
+        best = best_so_far(self.folder)
         if best is not None:
             self._best_return = best.mean_return
         else:
@@ -163,7 +176,7 @@ class Bookkeeper:
 
     def _mark_best_again(self) -> None:
         """By the evaluations, of the checkpoints that are still there."""
-        for line in self.folder.read_evaluations():
+        for line in filter(partial(is_comparable, config=self.config), self.folder.read_evaluations()):
             step, mean_return = line.get("learner_steps"), line.get("mean_return")
             if isinstance(step, int) and isinstance(mean_return, float) and mean_return >= self._best_return:
                 with suppress(CheckpointError):

@@ -73,7 +73,10 @@ class League:
         """
         if not games:
             return self._last_elo()
-        return round(fit_rating([(game["elo"], game["games"], game["points"]) for game in games]), 1)
+        met = [(game["elo"], game["games"], game["points"]) for game in games]
+        # A draw more, with the newest: who won or lost everything stays at a distance that the next ones can correct.
+        newest = max(games, key=lambda game: game["step"])
+        return round(fit_rating([*met, (newest["elo"], 1, 0.5)]), 1)
 
     def join(self, step: int, elo: float) -> None:
         """A checkpoint was rated; too many members, and one leaves. Raises RunError if the disk refuses."""

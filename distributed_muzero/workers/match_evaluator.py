@@ -45,21 +45,21 @@ class MatchEvaluator(Evaluator):
     def evaluate(
         self, num_episodes: int, seeds: Sequence[int], num_simulations: int | None = None
     ) -> dict[str, Any]:
-        """Plays games against the opponent: wins, draws, losses; score, 0 … 1 a game.
+        """Plays games against the opponent, one more if the number is odd: wins, draws, losses; score, 0 … 1 a game.
 
         returns holds the outcomes, -1 … 1, wins first; mean_return, std_return, episodes and weights_version are as
         for one player.
         """
         rng = np.random.default_rng([*seeds, SEED_STREAM])
         player = self._player(self.model, num_simulations)
-        result = self._play(player, self.opponent, num_episodes, rng)
+        result = self._play(player, self.opponent, num_episodes + num_episodes % 2, rng)
         total = result.total
         returns = [1.0] * total.wins + [0.0] * total.draws + [-1.0] * total.losses
         return {
             "mean_return": float(np.mean(returns)),
             "std_return": float(np.std(returns)),
             "returns": returns,
-            "episodes": num_episodes,
+            "episodes": total.games,
             "weights_version": self.model.version,
             "opponent": self.opponent.name,
             **total._asdict(),

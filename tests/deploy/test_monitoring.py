@@ -143,6 +143,8 @@ def test_an_alert_says_how_bad_it_is_and_where_help_stands(name):
 
 def test_the_page_tells_of_no_other_alert():
     assert set(re.findall(r"`(Muzero\w+)`", PAGE)) == ALERTS.keys()
+    for name, rule in ALERTS.items():
+        assert f"| `{name}` | {rule['labels']['severity']}, {rule.get('for', 'at once')} |" in PAGE
 
 
 def test_every_alert_is_shown_firing_and_not_firing():

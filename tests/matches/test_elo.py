@@ -31,15 +31,15 @@ def test_who_won_everything_has_a_lower_end_only():
 
 
 def test_a_rating_explains_the_points():
-    assert fit_rating([(100.0, 1000, 750.0)], prior_draws=0) == pytest.approx(290.85, abs=0.01)
+    assert fit_rating([(100.0, 1000, 750.0)]) == pytest.approx(290.85, abs=0.01)
     opponents = [(0.0, 40, 36.0), (200.0, 40, 26.0)]
-    rating = fit_rating(opponents, prior_draws=0)
+    rating = fit_rating(opponents)
     assert sum(n * expected_score(rating - r) for r, n, _ in opponents) == pytest.approx(62.0, abs=1e-6)
 
 
 def test_who_won_everything_has_a_finite_rating():
-    # 20 of 20 and a draw: 20.5 of 21 points.
-    assert fit_rating([(0.0, 20, 20.0)]) == pytest.approx(elo_difference(20.5 / 21), abs=1e-6)
+    assert fit_rating([(100.0, 20, 20.0)]) == pytest.approx(4100, abs=0.1)
+    assert fit_rating([(100.0, 20, 0.0), (0.0, 1, 0.0)]) == pytest.approx(-4000, abs=0.1)
 
 
 def test_nobody_has_no_rating():

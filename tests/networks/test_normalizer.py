@@ -42,3 +42,12 @@ def test_only_training_changes_the_statistics():
 
 def test_an_extreme_input_is_clipped_to_ten():
     assert ObservationNormalizer(1).eval()(torch.tensor([[1e6], [-1e6]])).flatten().tolist() == [10.0, -10.0]
+
+
+def test_its_count_of_batches_stays_within_what_float16_holds():
+    """It travels among the weights, perhaps as float16; beyond 1000 it changes nothing."""
+    normalizer = ObservationNormalizer(1)
+    normalizer.num_batches.fill_(1e5)
+    normalizer(torch.ones(4, 1))
+    assert normalizer.num_batches == 1000 and torch.isfinite(normalizer.num_batches.half())
+    assert normalizer.mean.item() == pytest.approx(1e-3)

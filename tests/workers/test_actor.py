@@ -137,6 +137,19 @@ def test_games_begin_after_random_moves_that_are_not_kept():
         ).all()
 
 
+def test_an_opening_that_ends_its_game_is_drawn_again():
+    builder = make_builder(
+        "openspiel:tic_tac_toe",
+        actor={"opening_plies": 8, "envs_per_actor": 8},
+        search={"num_simulations": 2},
+    )
+    episodes = played(builder, 300)
+    starts = Counter(int((episode.observations[0][:2] != 0).sum()) for episode in episodes)
+    assert starts.keys() == set(range(9))
+    # Of the games that begin at the start, few come from openings that ended all ten times.
+    assert starts[0] < 0.2 * len(episodes) and starts[8] > 0.05 * len(episodes)
+
+
 def test_games_in_lockstep_do_not_reach_each_other():
     """A game that ended gives its place to a new one while its neighbours go on undisturbed."""
     builder = make_builder()

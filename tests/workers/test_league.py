@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from distributed_muzero import checkpoint
 from distributed_muzero.config import Config, make_config
-from distributed_muzero.matches.elo import elo_difference
+from distributed_muzero.matches.elo import elo_difference, expected_score
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.run_folder import Launch, create_run
-from distributed_muzero.workers.bookkeeper import Bookkeeper
+from distributed_muzero.workers.bookkeeper import Bookkeeper, why_over
 from distributed_muzero.workers.league import League, Member, sealed, thinned, unsealed
 
 
@@ -147,10 +148,30 @@ def test_a_rating_explains_the_games_against_the_members_own(run):
     of_run, _ = league(run)
     # 7 of 8 points and half of a further game: 7.5 of 9.
     games = [{"step": 10, "elo": 100.0, "games": 8, "points": 7.0}]
-    assert of_run.rate(games) == pytest.approx(100 + elo_difference(7.5 / 9), abs=1e-6)
+    assert of_run.rate(games) == pytest.approx(100 + elo_difference(7.5 / 9), abs=0.05)
     # As strong as both of them.
     games += [{"step": 20, "elo": 100.0, "games": 8, "points": 1.0}]
-    assert of_run.rate(games) == pytest.approx(100.0, abs=1e-6)
+    assert of_run.rate(games) == pytest.approx(100.0, abs=0.05)
+
+
+def test_ratings_keep_up_with_a_run_that_grows_stronger_and_stand_still_with_one_that_does_not(run):
+    """Points as expected, without luck: 60 more in each of 20 evaluations, then none for as many."""
+    of_run, _ = league(run)
+    ratings, strengths = [], [60.0 * min(number, 20) for number in range(40)]
+    for number, strength in enumerate(strengths):
+        games = [
+            {
+                "step": member.step,
+                "elo": member.elo,
+                "games": 8,
+                "points": 8 * expected_score(strength - strengths[member.step]),
+            }
+            for member in of_run.members
+        ]
+        ratings.append(of_run.rate(games))
+        of_run.join(number, ratings[-1])
+    assert ratings[20] == pytest.approx(1200, rel=0.1)
+    assert ratings[39] == pytest.approx(1200, rel=0.1) and abs(ratings[39] - ratings[30]) < 20
 
 
 def test_the_first_has_0_and_a_league_begun_anew_goes_on_from_the_last_rating(run):
@@ -176,7 +197,8 @@ class Books:
     """A bookkeeper that evaluates one checkpoint after the other."""
 
     def __init__(self, run, launch=0, **evaluator):
-        config = make_config({"evaluator": evaluator, "learner": {"keep_checkpoints": 1}})
+        sections = {"evaluator": evaluator, "learner": {"keep_checkpoints": 1}}
+        config = make_config({"environment": {"id": "openspiel:tic_tac_toe"}}, sections)
         self.run = run
         self.book = Bookkeeper(config, run, Progress(), launch=Launch(launch, 0))
 
@@ -222,6 +244,22 @@ def test_the_best_has_the_highest_mean_return_and_a_tie_goes_to_the_newer(run, l
     books.close()
     assert (run.path / "league.json").exists() == (league_size > 0)
     assert any("elo" in line for line in run.read_evaluations()) == (league_size > 0)
+
+
+def test_mean_returns_against_another_opponent_count_for_nothing(run):
+    books = Books(run, league_size=0)
+    books.evaluate(10, evaluation(1.0, opponent="random"))
+    books.close()
+    goal = {"run": {"stop_at_return": 0.9}}
+    same, other = ({"evaluator": {"opponent": name}, **goal} for name in ("random", "minimax"))
+    other["environment"] = same["environment"] = {"id": "openspiel:tic_tac_toe"}
+    assert "mean return of 1.0" in why_over(replace(run, config=make_config(same)))
+    assert why_over(replace(run, config=make_config(other))) is None
+    run = replace(run, config=make_config(other))
+    books = Books(run, launch=1, league_size=0, opponent="minimax")
+    books.evaluate(20, evaluation(-0.5, opponent="minimax"))
+    assert books.best() == 20
+    books.close()
 
 
 def test_one_player_has_no_league(run):
