@@ -6,10 +6,9 @@ import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from distributed_muzero.cli import options
-from distributed_muzero.config import EnvironmentConfig, make_config
+from distributed_muzero.config import EnvironmentConfig, make_config, parse_overrides
 from distributed_muzero.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,10 +68,10 @@ def check(
 
 
 def parse_kwargs(text: str) -> dict[str, Any]:
-    """Raises ConfigError unless the text is a YAML mapping."""
+    """As `--set environment.kwargs=…` reads them. Raises ConfigError unless the text is a YAML mapping."""
     try:
-        kwargs = yaml.safe_load(text)
-    except yaml.YAMLError:
+        kwargs = parse_overrides([f"environment.kwargs={text}"])["environment"]["kwargs"]
+    except ConfigError:
         kwargs = None
     if not isinstance(kwargs, dict):
         raise ConfigError(f"--env-kwargs {text!r}: expected a YAML mapping, such as '{{size: 9}}'")

@@ -7,6 +7,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+# Of observations, rewards and values: their sums and squares must stay finite in float32.
+MAX_MAGNITUDE = 1e15
+
 
 class EnvironmentSpec(NamedTuple):
     """Facts of an environment that don't change while it is played."""
@@ -25,7 +28,9 @@ class EnvironmentSpec(NamedTuple):
 class Environment(Protocol):
     """The contract's environment, with what the source left open (decisions 7, 8 and 10).
 
-    After the last step (`is_terminal`), only `truncated` and `initial_state` may be used.
+    After the last step (`is_terminal`), only `truncated`, `initial_state` and `close` may be used; before the first
+    game, only `spec`, `initial_state` and `close`. Observations and rewards are finite, from -MAX_MAGNITUDE to
+    MAX_MAGNITUDE: replay takes no others.
     """
 
     spec: EnvironmentSpec

@@ -7,10 +7,14 @@ from itertools import pairwise
 
 import numpy as np
 
+from distributed_muzero.environments.base import MAX_MAGNITUDE
 from distributed_muzero.environments.random_games import RandomGame, same
 
-MAX_REWARD = float(np.finfo(np.float32).max)  # rewards are kept as float32
 KINDS = "biuf"  # of numpy's types: truth values, integers, floats
+NO_STEP = "no step was played"
+EXPECTED_MAGNITUDE = (
+    f"expected a finite number from {-MAX_MAGNITUDE:g} to {MAX_MAGNITUDE:g}, as replay takes no others"
+)
 
 
 class Broken(Exception):
@@ -24,7 +28,10 @@ class Unseen(Exception):
 def check_play(games: list[RandomGame]) -> str:
     if error := games[-1].error:
         raise Broken(error)
-    return f"{len(games)} random games, {sum(len(game.actions) for game in games)} steps"
+    num_steps = _num_steps(games)
+    if not num_steps:
+        raise Unseen(NO_STEP)
+    return f"{len(games)} random games, {num_steps} steps"
 
 
 def check_observations(games: list[RandomGame]) -> str:
@@ -43,7 +50,13 @@ def check_observations(games: list[RandomGame]) -> str:
             if not np.isfinite(observation).all():
                 bad = observation[~np.isfinite(observation)][0]
                 raise Broken(f"{where}: holds {bad}; expected finite numbers")
-            low, high = min(low, observation.min()), max(high, observation.max())
+            lowest, highest = float(observation.min()), float(observation.max())
+            if observation.dtype.kind == "f" and max(-lowest, highest) > MAX_MAGNITUDE:
+                bad = highest if highest > MAX_MAGNITUDE else lowest
+                raise Broken(f"{where}: holds {bad:g}; {EXPECTED_MAGNITUDE}")
+            low, high = min(low, lowest), max(high, highest)
+    if low > high:
+        raise Unseen("no observation came")
     return f"as the spec says, finite, from {low:g} to {high:g}"
 
 
@@ -54,11 +67,12 @@ def check_rewards(games: list[RandomGame]) -> str:
             where = game.at(step)
             if not isinstance(reward, (int, float, np.number, np.bool_)):
                 raise Broken(f"{where}: the reward is {reward!r}; expected a number")
-            if not abs(float(reward)) <= MAX_REWARD:  # a NaN compares false
-                raise Broken(f"{where}: the reward is {reward}; expected a finite float32")
+            # A NaN compares false.
+            if not abs(float(reward)) <= MAX_MAGNITUDE:
+                raise Broken(f"{where}: the reward is {reward}; {EXPECTED_MAGNITUDE}")
             rewards.append(float(reward))
     if not rewards:
-        raise Unseen("no step was played")
+        raise Unseen(NO_STEP)
     return f"finite, from {min(rewards):g} to {max(rewards):g}"
 
 
@@ -76,6 +90,8 @@ def check_masks(games: list[RandomGame]) -> str:
             if not mask.any():
                 raise Broken(f"{where}: allows no action; at least one must be legal until the game ends")
             fewest = min(fewest, int(mask.sum()))
+    if not any(game.masks for game in games):
+        raise Unseen("no mask came")
     return f"shape {games[0].spec.action_shape}, at least {fewest} legal before each step"
 
 
@@ -92,6 +108,8 @@ def check_turns(games: list[RandomGame]) -> str:
                         f"{game.at(step + 1)}: player {after} is to move again; the search takes it that turns "
                         "alternate, so give the other player a move in between that does nothing"
                     )
+    if not any(game.players for game in games):
+        raise Unseen("nobody was to move")
     return "always player 0" if num_players == 1 else "both players in turn"
 
 
@@ -104,7 +122,7 @@ def check_length(games: list[RandomGame], max_episode_steps: int) -> str:
             )
     lengths = [len(game.actions) for game in games if game.is_over]
     if not lengths:
-        raise Unseen("no game ended in the time there was")
+        raise _no_end(games)
     return f"{min(lengths)} to {max(lengths)} steps"
 
 
@@ -120,7 +138,7 @@ def check_ends(games: list[RandomGame]) -> str:
                 f"seed {game.seed}: after the end, truncated is {game.truncated!r}; expected True or False"
             )
     if not ended:
-        raise Unseen("no game ended in the time there was")
+        raise _no_end(games)
     num_truncated = sum(bool(game.truncated) for game in ended)
     return f"{len(ended) - num_truncated} by the rules, {num_truncated} truncated"
 
@@ -132,7 +150,17 @@ def check_earlier_observations(games: list[RandomGame]) -> str:
                 raise Broken(
                     f"{game.at(step)}: changed after it was given out; return a new array each time (`.copy()`)"
                 )
+    if not _num_steps(games):
+        raise Unseen(NO_STEP)
     return "unchanged by later steps"
+
+
+def _num_steps(games: list[RandomGame]) -> int:
+    return sum(len(game.actions) for game in games)
+
+
+def _no_end(games: list[RandomGame]) -> Unseen:
+    return Unseen(f"no game ended in the {games[-1].short_of} there was")
 
 
 OF_GAMES: dict[str, Callable[[list[RandomGame]], str]] = {

@@ -4,13 +4,14 @@ it saw."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
 from distributed_muzero.environments.base import Environment
-from distributed_muzero.environments.checks_of_games import Broken, Unseen
+from distributed_muzero.environments.checks_of_games import NO_STEP, Broken, Unseen
 from distributed_muzero.environments.random_games import RandomGame, legal_actions, play, same
+from distributed_muzero.errors import first_line
 
 NUM_SHORT_GAMES = 5
 
@@ -71,15 +72,16 @@ def check_illegal_actions(make: Make, seed: int, steps: int) -> str:
 def _effect(environment: Environment, action: int) -> str:
     try:
         reward, _, is_terminal = environment.step(action)
+        end = "the game ends" if is_terminal else "the game goes on"
     except Exception as error:
         return f"raises {type(error).__name__}"
-    return f"is accepted: reward {reward}, {'the game ends' if is_terminal else 'the game goes on'}"
+    return f"is accepted: reward {reward}, {end}"
 
 
 def check_seeds(make: Make, seed: int, steps: int) -> str:
     with _made(make) as environment:
         first, again = play(environment, seed, steps), play(environment, seed, steps)
-        others = [play(environment, other, steps) for other in range(seed + 1, seed + 4)]
+        others = [play(environment, other, 0) for other in range(seed + 1, seed + 4)]
     if difference := first.difference(again):
         raise Broken(f"seed {seed}, twice in one environment: {difference}; expected the same game")
     with _made(make) as environment:
@@ -92,6 +94,10 @@ def check_seeds(make: Make, seed: int, steps: int) -> str:
 def check_instances(make: Make, seed: int, steps: int) -> str:
     with _made(make) as alone:
         expected = play(alone, seed, steps)
+    if expected.error:
+        raise Unseen(f"the game of one alone ended early: {expected.error}")
+    if not expected.actions:
+        raise Unseen(NO_STEP)
     with _made(make) as one, _made(make) as other:
         one.initial_state(seed)
         other.initial_state(seed + 1)
@@ -114,26 +120,36 @@ def check_instances(make: Make, seed: int, steps: int) -> str:
 
 
 def check_after_the_end(make: Make, seed: int, steps: int) -> str:
+    """What may be used then is checked. A further step is promised nothing: what it does is told."""
     with _made(make) as environment:
         game = next((game for game in _short_games(environment, seed, steps) if game.is_over), None)
         if game is None:
             raise Unseen(f"no game ended within {steps} steps")
-        try:
-            reward, _, is_terminal = environment.step(game.actions[-1])
-        except Exception as error:
-            effect = f"step() raises {type(error).__name__}"
-        else:
-            if not is_terminal or reward != 0:
-                raise Broken(
-                    f"seed {game.seed}: step() after the end gave the reward {reward} and "
-                    f"{'an end' if is_terminal else 'no end'}; expected an error, or 0 and an end"
-                )
-            effect = "step() gives 0 and an end"
+        if (again := environment.truncated) != game.truncated:
+            raise Broken(f"seed {game.seed}: truncated is {game.truncated}, and {again} when asked again")
         if difference := game.difference(play(environment, game.seed, steps)):
             raise Broken(
                 f"seed {game.seed}, played again after its end: {difference}; expected the same game"
             )
-    return f"{effect}, and initial_state() begins anew"
+        effect = _effect(environment, game.actions[-1])
+    return f"initial_state() begins anew; a further step() {effect}"
+
+
+def check_close(make: Make, seed: int) -> str:
+    """Before the first game (training closes one of which it only wants the spec), and within a game."""
+    close(make(), "before the first game")
+    environment = make()
+    play(environment, seed, 0)
+    close(environment, "within a game")
+    return "before, within and after games"
+
+
+def close(environment: Environment, when: str) -> str:
+    try:
+        environment.close()
+    except Exception as error:
+        raise Broken(f"{when}: close() raised {type(error).__name__}: {first_line(error)}") from error
+    return when
 
 
 def move_on(environment: Environment, mask: np.ndarray, rng: np.random.Generator) -> bool:
@@ -152,7 +168,9 @@ def _made(make: Make) -> Iterator[Environment]:
     try:
         yield environment
     finally:
-        environment.close()
+        # A row of its own tells it.
+        with suppress(Exception):
+            environment.close()
 
 
 OF_INSTANCES: dict[str, Callable[[Make, int, int], str]] = {

@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from distributed_muzero.config import TRUST_VARIABLE, EnvironmentConfig
 from distributed_muzero.environments.base import Environment
-from distributed_muzero.errors import EnvironmentFailure, UnknownEnvironmentError
+from distributed_muzero.errors import DistributedMuZeroError, EnvironmentFailure, UnknownEnvironmentError
+
+Factory = Callable[[EnvironmentConfig], Environment]
 
 PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 MEMBERS = ("spec", "initial_state", "step", "mask", "to_play", "truncated", "close")
@@ -48,14 +52,25 @@ def make_custom(config: EnvironmentConfig) -> Environment:
     except AttributeError as error:
         raise UnknownEnvironmentError(f"{config.id}: {error}") from error
     except Exception as error:
-        raise _failure(config.id, "the import", error) from error
+        raise EnvironmentFailure(f"{config.id}: the import raised {_told(error)}") from error
+    return call_factory(factory, config)
+
+
+def call_factory(factory: Factory, config: EnvironmentConfig) -> Environment:
+    """What a factory that others wrote makes of the section.
+
+    Raises EnvironmentFailure for whatever it raises, unless that is an error of ours, and unless it returns an
+    `Environment`.
+    """
     try:
         environment = factory(config)
-    except EnvironmentFailure:
+    except DistributedMuZeroError:
         raise
     except Exception as error:
-        raise _failure(config.id, f"{name}(config)", error) from error
-    missing = [member for member in MEMBERS if not hasattr(environment, member)]
+        kwargs = f" with kwargs {config.kwargs}" if config.kwargs else ""
+        name = getattr(factory, "__name__", type(factory).__name__)
+        raise EnvironmentFailure(f"{config.id}{kwargs}: {name}(config) raised {_told(error)}") from error
+    missing = [member for member in MEMBERS if not _has(environment, member)]
     if missing:
         raise EnvironmentFailure(
             f"{config.id} returned {type(environment).__name__}, which lacks {', '.join(missing)}; expected an "
@@ -64,5 +79,16 @@ def make_custom(config: EnvironmentConfig) -> Environment:
     return environment
 
 
-def _failure(id: str, what: str, error: Exception) -> EnvironmentFailure:
-    return EnvironmentFailure(f"{id}: {what} raised {type(error).__name__}: {error}")
+def _has(environment: Any, member: str) -> bool:
+    """Looks at the class first, as a property such as `truncated` may have no answer before a game."""
+    kind = type(environment)
+    if hasattr(kind, member) or (member == "truncated" and hasattr(kind, "__getattr__")):
+        return True
+    try:
+        return hasattr(environment, member)
+    except Exception:
+        return False
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -12,13 +12,18 @@ import numpy as np
 from distributed_muzero.environments.base import Environment, EnvironmentSpec
 from distributed_muzero.errors import first_line
 
+# Games are kept whole to be looked at later: time alone wouldn't keep large observations from filling the memory.
+MAX_BYTES_OF_A_GAME = 128 * 1024**2
+# What a step takes besides its arrays' contents: their headers, numbers, places in lists (550 were measured).
+BYTES_OF_A_STEP = 600
+
 
 @dataclass
 class RandomGame:
     """What came of one game: entry t of each list belongs to step t; observations and players have one more.
 
     observations: as they were given out; copies: as they were then. error: what was raised, and where; after that,
-    or where no action was legal, nothing more was played.
+    or where no action was legal, nothing more was played. short_of: what there was too little of, if it didn't end.
     """
 
     spec: EnvironmentSpec
@@ -34,6 +39,8 @@ class RandomGame:
     is_over: bool = False
     error: str | None = None
     seconds: float = 0.0
+    num_bytes: int = 0
+    short_of: str = "time"
 
     def at(self, step: int) -> str:
         return f"step {step}, seed {self.seed}"
@@ -56,8 +63,10 @@ def play(
     max_steps: int,
     clock: Callable[[], float] = time.perf_counter,
     deadline: float = float("inf"),
+    max_bytes: int = MAX_BYTES_OF_A_GAME,
 ) -> RandomGame:
-    """Plays one game to its end, to `max_steps`, or until the clock passes `deadline`."""
+    """Plays one game to its end, to `max_steps`, until the clock passes `deadline`, or what is kept of it reaches
+    `max_bytes`."""
     game = RandomGame(environment.spec, seed)
     rng = np.random.default_rng(seed)
     doing = f"initial_state({seed})"
@@ -65,10 +74,14 @@ def play(
         _see(game, environment.initial_state(seed))
         began = clock()
         while not game.is_over and len(game.actions) < max_steps and clock() < deadline:
+            if game.num_bytes >= max_bytes:
+                game.short_of = "memory"
+                break
             doing = "to_play()"
             game.players.append(environment.to_play())
             doing = "mask()"
             game.masks.append(np.array(environment.mask()))
+            game.num_bytes += game.masks[-1].nbytes
             legal = legal_actions(game.masks[-1])
             if not len(legal):
                 break
@@ -104,4 +117,6 @@ def same(one: Any, other: Any) -> bool:
 
 def _see(game: RandomGame, observation: Any) -> None:
     game.observations.append(observation)
-    game.copies.append(np.array(observation))
+    copy = np.array(observation)
+    game.copies.append(copy)
+    game.num_bytes += BYTES_OF_A_STEP + copy.nbytes + getattr(observation, "nbytes", copy.nbytes)

@@ -11,16 +11,13 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from distributed_muzero.config import EnvironmentConfig
 from distributed_muzero.environments.base import Environment
 from distributed_muzero.environments.chain import make_chain
-from distributed_muzero.environments.custom import how_to_trust, is_path, make_custom
+from distributed_muzero.environments.custom import Factory, call_factory, how_to_trust, is_path, make_custom
 from distributed_muzero.errors import EnvironmentFailure, UnknownEnvironmentError
-
-Factory = Callable[[EnvironmentConfig], Environment]
 
 ENTRY_POINTS = "distributed_muzero.environments"
 
@@ -97,14 +94,14 @@ def make_environment(config: EnvironmentConfig) -> Environment:
     """Makes the environment of `config.id`.
 
     Raises UnknownEnvironmentError (no such id, or its package is missing) and EnvironmentFailure (refused
-    kwargs, actions or observations that can't be trained).
+    kwargs, actions or observations that can't be trained, a factory of others that fails).
     """
     prefix, colon, _ = config.id.partition(":")
     if prefix in _FAMILIES:
         return _load_family(config.id, prefix).make(config)
     factory = _factories.get(prefix) or _installed_factory(prefix)
     if factory is not None:
-        return factory(config)
+        return call_factory(factory, config)
     if is_path(config.id) and config.code_folder is not None:
         return make_custom(config)
     if colon:  # Gymnasium would import a module of that name

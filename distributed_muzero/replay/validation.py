@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from distributed_muzero.environments.base import EnvironmentSpec
+from distributed_muzero.environments.base import MAX_MAGNITUDE, EnvironmentSpec
 from distributed_muzero.errors import RejectedEpisode
 from distributed_muzero.types import Episode
 
 POLICY_TOLERANCE = 1e-3
 MAX_ID_LENGTH = 256
-# Of observations, rewards and values: their sums and squares must stay finite in float32.
-MAX_MAGNITUDE = 1e15
 
 
 def validate(episode: Episode, spec: EnvironmentSpec, max_steps: int) -> None:

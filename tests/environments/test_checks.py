@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from distributed_muzero.config import EnvironmentConfig
+from distributed_muzero.environments import checks, random_games
+from distributed_muzero.environments.base import MAX_MAGNITUDE, EnvironmentSpec
 from distributed_muzero.environments.chain import ChainEnvironment
 from distributed_muzero.environments.checks import check_environment
-from distributed_muzero.environments.checks_of_games import OF_GAMES
-from distributed_muzero.environments.checks_of_instances import OF_INSTANCES
+from distributed_muzero.environments.checks_of_games import OF_GAMES, Broken
+from distributed_muzero.environments.checks_of_instances import OF_INSTANCES, check_after_the_end
 from distributed_muzero.environments.registry import make_environment
 from tests.environments.games import Nim
 
@@ -46,6 +50,20 @@ class NoDtype(Nim):
         self.spec = self.spec._replace(observation_dtype="float32")
 
 
+class LongDoubles(Nim):
+    """More bytes than networks and files can take."""
+
+    def __init__(self):
+        super().__init__()
+        self.spec = self.spec._replace(observation_dtype=np.dtype(np.longdouble))
+
+
+class OtherByteOrder(Nim):
+    def __init__(self):
+        super().__init__()
+        self.spec = self.spec._replace(observation_dtype=np.dtype(np.float32).newbyteorder())
+
+
 class Raises(Nim):
     def step(self, action):
         if self.left < 6:
@@ -66,6 +84,19 @@ class Longer(Nim):
 class NotANumber(Nim):
     def observe(self):
         return np.full(11, np.nan if self.left < 6 else 0, np.float32)
+
+
+class BeyondReplay(Nim):
+    """Finite, and a float32, but no shard takes it."""
+
+    def observe(self):
+        return np.full(11, -2e15 if self.left < 6 else 0, np.float32)
+
+
+class RewardBeyondReplay(Nim):
+    def step(self, action):
+        reward, observation, is_terminal = super().step(action)
+        return reward * -2e15, observation, is_terminal
 
 
 class InfiniteReward(Nim):
@@ -193,6 +224,30 @@ class SharedHeap(Nim):
         SharedHeap.heap = number
 
 
+class OtherTruncatedWhenAskedAgain(Nim):
+    is_cut = False
+
+    @property
+    def truncated(self):
+        self.is_cut = not self.is_cut
+        return self.is_cut
+
+
+class ClosesOnlyAGame(Nim):
+    def close(self):
+        del self.left
+
+
+class ClosesNoGame(Nim):
+    def close(self):
+        assert getattr(self, "left", self.stones) < self.stones, "a game goes on"
+
+
+class ClosesNever(Nim):
+    def close(self):
+        raise OSError("no window")
+
+
 class RewardsAgain(Nim):
     def step(self, action):
         return (1.0, self.observe(), True) if self.left == 0 else super().step(action)
@@ -221,6 +276,14 @@ BROKEN = [
         r"step 0, seed 1: shape \(11,\) and type float64; expected \(11,\) and float32",
     ),
     ("observations", Longer, r"step 1, seed 1: shape \(\d+,\).*expected \(11,\)"),
+    ("spec", LongDoubles, "which networks can't take; expected numbers of up to 8 bytes"),
+    ("spec", OtherByteOrder, r"dtype\('>f4'\).*in this machine's byte order"),
+    ("observations", BeyondReplay, r"seed 1: holds -2e\+15; expected a finite number from -1e\+15 to 1e\+15"),
+    (
+        "rewards",
+        RewardBeyondReplay,
+        r"the reward is -2000000000000000.0; expected a finite number from -1e\+15",
+    ),
     ("observations", NotANumber, r"step \d, seed 1: holds nan; expected finite"),
     ("rewards", InfiniteReward, r"seed 1: the reward is inf; expected a finite"),
     ("rewards", RewardInWords, "step 0, seed 1: the reward is 'nothing'; expected a number"),
@@ -238,8 +301,14 @@ BROKEN = [
     ("illegal actions", TakesAnything, "action 3 was accepted; expected an error"),
     ("seeds", StartsByChance, "in two environments: the player of step 0 differs"),
     ("instances", SharedHeap, "another environment beside it changed the game"),
-    ("after the end", RewardsAgain, "step.. after the end gave the reward 1.0"),
-    ("after the end", GoesOnAfterTheEnd, "gave the reward 0.0 and no end"),
+    (
+        "after the end",
+        OtherTruncatedWhenAskedAgain,
+        "truncated is (True|False), and (True|False) when asked again",
+    ),
+    ("close", ClosesOnlyAGame, r"before the first game: close\(\) raised AttributeError: "),
+    ("close", ClosesNoGame, r"before the first game: close\(\) raised AssertionError: a game goes on"),
+    ("close", ClosesNever, r"after the random games: close\(\) raised OSError: no window"),
 ]
 
 
@@ -252,7 +321,7 @@ def test_a_broken_promise_fails_its_check_and_no_other(name, make, message):
 
 
 def test_each_check_is_failed_by_a_broken_environment():
-    names = {"spec", "length", *OF_GAMES, *OF_INSTANCES}
+    names = {"spec", "length", "close", *OF_GAMES, *OF_INSTANCES}
     assert {name for name, _, _ in BROKEN} | {"play"} == names
 
 
@@ -272,7 +341,152 @@ def test_a_sound_game_keeps_all_promises():
     assert details["turns"] == "both players in turn"
     assert details["rewards"] == "finite, from 0 to 1"
     assert details["illegal actions"].startswith("3 raises ValueError, a forbidden one (step ")
-    assert details["after the end"].startswith("step() raises ValueError")
+    assert details["after the end"] == "initial_state() begins anew; a further step() raises ValueError"
+    assert details["close"] == "before, within and after games"
+
+
+@pytest.mark.parametrize(
+    ("make", "effect"),
+    [
+        (RewardsAgain, "is accepted: reward 1.0, the game ends"),
+        (GoesOnAfterTheEnd, "is accepted: reward 0.0, the game goes on"),
+    ],
+)
+def test_what_a_step_after_the_end_does_is_told_but_not_judged(make, effect):
+    report = check(make)
+    assert report.passed, failing(report)
+    details = {row.name: row.detail for row in report.checks}
+    assert details["after the end"] == f"initial_state() begins anew; a further step() {effect}"
+
+
+def test_a_game_that_does_not_begin_anew_after_an_end_is_found():
+    with pytest.raises(
+        Broken, match=r"seed 1, played again after its end: .* differs; expected the same game"
+    ):
+        check_after_the_end(StartsOnce, 1, 100)
+
+
+def test_an_observation_may_be_one_number():
+    class OneNumber(Nim):
+        def __init__(self):
+            super().__init__()
+            self.spec = self.spec._replace(observation_shape=())
+
+        def observe(self):
+            return np.array(self.left, np.float32)
+
+    report = check(OneNumber)
+    assert report.passed, failing(report)
+
+
+def test_the_largest_numbers_that_replay_takes_are_sound():
+    class Large(Nim):
+        def observe(self):
+            return np.full(11, -MAX_MAGNITUDE, np.float32)
+
+        def step(self, action):
+            reward, observation, is_terminal = super().step(action)
+            return reward * MAX_MAGNITUDE, observation, is_terminal
+
+    assert check(Large).passed
+
+
+class NeverStarts(Nim):
+    def initial_state(self, seed=None):
+        raise KeyError("no board")
+
+
+class NothingIsLegal(Nim):
+    def mask(self):
+        return np.zeros(3, bool)
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (
+            NeverStarts,
+            ["observations", "rewards", "masks", "turns", "earlier observations", "ends", "instances"],
+        ),
+        (NothingIsLegal, ["play", "rewards", "earlier observations", "ends", "instances"]),
+    ],
+)
+def test_a_row_about_which_nothing_was_seen_is_neither_kept_nor_broken(make, names):
+    rows = {row.name: row.passed for row in check(make).checks}
+    assert {name: rows[name] for name in names} == dict.fromkeys(names)
+
+
+def test_two_environments_are_not_compared_where_one_alone_raises():
+    row = next(row for row in check(Raises).checks if row.name == "instances")
+    assert row.passed is None and "raised KeyError: 'lost'" in row.detail
+
+
+class Giant:
+    """Observations of 1 MB in a game without an end."""
+
+    truncated = False
+    spec = EnvironmentSpec("giant", (2**20,), np.dtype(np.uint8), (2,))
+
+    def initial_state(self, seed=None):
+        return np.zeros(2**20, np.uint8)
+
+    def step(self, action):
+        if action > 1:
+            raise ValueError(action)
+        return 0.0, self.initial_state(), False
+
+    def mask(self):
+        return np.ones(2, bool)
+
+    def to_play(self):
+        return 0
+
+    def close(self):
+        pass
+
+
+def test_games_stop_where_what_is_kept_of_them_reaches_its_limit(monkeypatch):
+    monkeypatch.setattr(checks, "MAX_BYTES", 20 * 2**20)
+    report = check(Giant, 10_000)
+    # Each observation is kept twice; the first one comes before the first step.
+    assert report.passed and report.num_games == 1 and report.num_steps == 9
+    rows = {row.name: row for row in report.checks}
+    assert rows["length"].passed is None
+    assert rows["length"].detail == "no game ended in the memory there was"
+
+
+def test_all_games_together_stay_within_the_limit(monkeypatch):
+    class Ends(Giant):
+        def initial_state(self, seed=None):
+            self.num_steps = 0
+            return super().initial_state()
+
+        def step(self, action):
+            self.num_steps += 1
+            return 0.0, np.zeros(2**20, np.uint8), self.num_steps == 3
+
+    monkeypatch.setattr(checks, "MAX_BYTES", 20 * 2**20)
+    report = check(Ends)
+    assert report.num_games == 3 and 6 <= report.num_steps <= 8
+
+
+def test_a_game_alone_has_a_limit_too():
+    game = random_games.play(Giant(), 1, 10_000)
+    assert game.short_of == "memory" and len(game.copies) == 64
+
+
+def test_a_long_game_of_little_observations_is_counted_as_the_memory_it_takes():
+    class Small(Giant):
+        def initial_state(self, seed=None):
+            return np.zeros(4, np.uint8)
+
+    tracemalloc.start()
+    try:
+        game = random_games.play(Small(), 1, 5_000)
+        used = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert 0.5 * used < game.num_bytes < 2 * used
 
 
 @pytest.mark.parametrize("id", ["chain", "CartPole-v1", "Taxi-v3", "FrozenLake-v1"])

@@ -23,6 +23,33 @@ def make_half(config):
         def step(self, action): ...
     return Half()
 
+def make_wrapped(config):
+    class Wrapped:
+        # Hands all on to one that has no answer before its first game.
+        def __getattr__(self, name):
+            if name == "truncated":
+                raise AttributeError("no game yet")
+            return getattr(ChainEnvironment(), name)
+    return Wrapped()
+
+def make_unready(config):
+    class Unready(ChainEnvironment):
+        @property
+        def truncated(self):
+            return self.cut
+    return Unready()
+
+def make_late(config):
+    class Late(ChainEnvironment):
+        @property
+        def truncated(self):
+            raise RuntimeError("no game yet")
+    return Late()
+
+def make_ours(config):
+    from distributed_muzero.errors import ConfigError
+    raise ConfigError("environment.kwargs: size is missing")
+
 def make_none(config):
     raise ZeroDivisionError("no game")
 """
@@ -91,12 +118,24 @@ def test_trust_is_neither_written_to_a_file_nor_read_from_one(trusted, monkeypat
             EnvironmentFailure,
             "returned Half, which lacks initial_state, mask, to_play",
         ),
+        ("own_games:make_ours", ConfigError, r"^environment\.kwargs: size is missing$"),
         ("../up:make", UnknownEnvironmentError, r"no family '\.\./up'"),
     ],
 )
 def test_what_goes_wrong_in_it_is_told(trusted, id, error, message):
     with pytest.raises(error, match=message):
         make_environment(EnvironmentConfig(id=id))
+
+
+@pytest.mark.parametrize("name", ["make_unready", "make_late", "make_wrapped"])
+def test_truncated_is_not_asked_for_before_a_game(trusted, name):
+    assert make_environment(EnvironmentConfig(id=f"own_games:{name}")).initial_state(1).shape == (10,)
+
+
+def test_refused_kwargs_are_told(trusted):
+    message = r"own_games:make with kwargs {'lenght': 7}: make\(config\) raised TypeError: .*'lenght'"
+    with pytest.raises(EnvironmentFailure, match=message):
+        make_environment(EnvironmentConfig(id="own_games:make", kwargs={"lenght": 7}))
 
 
 def test_installed_code_comes_before_the_current_folder(trusted):

@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 
+from distributed_muzero.cli.envs import parse_kwargs
+from distributed_muzero.config import make_config, parse_overrides
 from distributed_muzero.environments.checks_of_games import OF_GAMES
 from distributed_muzero.environments.checks_of_instances import OF_INSTANCES
 from tests import processes
@@ -28,7 +30,7 @@ def test_a_sound_environment_gets_a_table_and_exit_code_0():
     done = processes.run("envs", "check", "chain", "--env-kwargs", "{length: 6}", "--games", 3)
     assert done.returncode == 0, done.stderr
     assert "all promises are kept" in done.stdout
-    for name in ("spec", "length", *OF_GAMES, *OF_INSTANCES, "speed"):
+    for name in ("spec", "length", *OF_GAMES, *OF_INSTANCES, "close", "speed"):
         assert name in done.stdout
 
 
@@ -57,6 +59,14 @@ def test_mistakes_end_in_one_message(here, arguments, message):
     done = processes.run("envs", "check", *arguments)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_kwargs_are_read_as_training_reads_them():
+    text = "{speed: 1e-3, sizes: [1e2, 3], name: wide, deep: {rate: 2E-1}}"
+    expected = {"speed": 0.001, "sizes": [100.0, 3], "name": "wide", "deep": {"rate": 0.2}}
+    assert parse_kwargs(text) == expected
+    section = parse_overrides([f"environment.kwargs={text}"])
+    assert make_config(section).environment.kwargs == expected
 
 
 @pytest.mark.cluster

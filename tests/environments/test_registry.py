@@ -9,7 +9,7 @@ from distributed_muzero.config import EnvironmentConfig
 from distributed_muzero.environments import registry
 from distributed_muzero.environments.chain import ChainEnvironment
 from distributed_muzero.environments.registry import environment_ids, make_environment, register_environment
-from distributed_muzero.errors import EnvironmentFailure, UnknownEnvironmentError
+from distributed_muzero.errors import ContractError, EnvironmentFailure, UnknownEnvironmentError
 
 
 @pytest.fixture
@@ -132,6 +132,23 @@ def test_registered_factory_gets_the_whole_section_also_for_its_prefix(own_facto
     assert "boards" in [entry.id for entry in environment_ids()]
 
 
+def test_a_registered_factory_that_makes_no_environment_is_told(own_factories):
+    register_environment("boards", lambda config: "a board")
+    with pytest.raises(
+        EnvironmentFailure, match="boards:go returned str, which lacks spec, initial_state, step"
+    ):
+        make("boards:go")
+
+
+def test_errors_of_a_factory_that_are_ours_go_through(own_factories):
+    def factory(config):
+        raise ContractError("the board is empty")
+
+    register_environment("boards", factory)
+    with pytest.raises(ContractError, match=r"^the board is empty$"):
+        make("boards")
+
+
 @pytest.mark.parametrize("name", ["chain", "openspiel", "with:colon", "", "../up"])
 def test_taken_and_odd_names_are_refused(own_factories, name):
     with pytest.raises(EnvironmentFailure, match=r"registered already|expected letters"):
@@ -153,6 +170,9 @@ def test_factory_of_an_installed_package_is_found(tmp_path, monkeypatch):
     assert make("row:long", kwargs={"length": 9}).spec.observation_shape == (9,)
     with pytest.raises(EnvironmentFailure, match="'lost' of 'no_such_module:make' can't be loaded"):
         make("lost")
+    refused = r"row with kwargs {'lenght': 9}: make\(config\) raised TypeError: .*'lenght'"
+    with pytest.raises(EnvironmentFailure, match=refused):
+        make("row", kwargs={"lenght": 9})
 
 
 def test_ids_registered_with_gymnasium_are_listed_and_made():
