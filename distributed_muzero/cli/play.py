@@ -49,13 +49,13 @@ def play(
     saved = checkpoints.load_checkpoint(folder, checkpoint)
     builder = Builder(folder.config, folder.name)
     seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
-    person = choose_side(builder.spec.id, builder.spec.num_players, first, seed)
+    begins = choose_side(builder.spec.id, builder.spec.num_players, first, seed)
     model = PolicyModel(builder.networks())
     model.load(saved.state["weights_version"], model.flat.vector_of(saved.tensors["weights"]))
     assert model.search_model is not None
     config = folder.config
     adviser = Adviser(model.search_model, config.search, config.algorithm.discount, simulations)
-    game = PersonGame(builder.environment, config.environment.history_length, seed, person)
+    game = PersonGame(builder.environment, config.environment.history_length, seed, begins)
     view = View(game)
     view.introduce(f"{builder.spec.id}, {folder.name} at {saved.path.name}", adviser.num_simulations, seed)
     try:
@@ -67,15 +67,15 @@ def play(
         game.close()
 
 
-def choose_side(id: str, num_players: int, first: bool | None, seed: int) -> int:
-    """Which player the person is. Raises ConfigError where there is nothing to choose."""
+def choose_side(id: str, num_players: int, first: bool | None, seed: int) -> bool:
+    """Whether the person begins. Raises ConfigError where there is nothing to choose."""
     if num_players == 1:
         if first is not None:
             raise ConfigError(f"{id} is for one player: leave out --first and --second")
-        return 0
+        return True
     if first is None:
-        return int(np.random.default_rng([seed, num_players]).integers(2))
-    return 0 if first else 1
+        return int(np.random.default_rng([seed, num_players]).integers(2)) == 0
+    return first
 
 
 def play_game(game: PersonGame, adviser: Adviser, view: View, show_search: bool) -> None:

@@ -60,7 +60,7 @@ class View:
     def introduce(self, title: str, num_simulations: int, seed: int) -> None:
         self.say(f"{title}, {num_simulations} simulations, seed {seed}", "bold")
         if self.has_opponent:
-            self.say(f"you play {'second' if self.game.person else 'first'}")
+            self.say(f"you play {'first' if self.game.begins else 'second'}")
         self.say(f"a move is its name or its number; {HELP}", "dim")
 
     def ask(self) -> str | None:

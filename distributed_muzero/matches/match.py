@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from distributed_muzero.algorithm.acting import Game
 from distributed_muzero.environments.base import Environment
-from distributed_muzero.errors import EnvironmentFailure
+from distributed_muzero.errors import ContractError, EnvironmentFailure
 from distributed_muzero.matches.elo import elo_difference, elo_interval
 from distributed_muzero.matches.players import Player
 
 OPENING_PLIES = 4  # at most, where two players would play the same game again and again
+OPENING_DRAWS = 5  # at most for a pair of games, as an opening may end them
+MAX_GAMES_AT_ONCE = 128  # even, as each opening is played twice
 
 
 class Tally(NamedTuple):
@@ -42,7 +45,7 @@ class MatchResult(NamedTuple):
 
     @property
     def total(self) -> Tally:
-        return Tally(*(a + b for a, b in zip(self.first, self.second, strict=True)))
+        return _sum_tallies([self.first, self.second])
 
     @property
     def score(self) -> float:
@@ -75,36 +78,25 @@ def play_match(
     history_length: int = 1,
     opening_plies: int | None = None,
 ) -> MatchResult:
-    """Plays all games in lockstep; games 2i and 2i+1 have the same start and opening, and the colours changed.
+    """Plays up to 128 games in lockstep; games 2i and 2i+1 begin alike, and the players change colours.
 
-    history_length: N, observations stacked for networks.
+    Who has the first move is the one who moves first in the start position, before an opening.
+    num_games: even.   history_length: N, observations stacked for networks.
     opening_plies: each pair of games begins with 0 … so many random moves; None: 4 where both players always play
     the same in the same position, else none.   rng: of starts, openings and players.
-    Raises EnvironmentFailure for an environment that isn't for two players.
+    Raises ContractError for a number of games that isn't even, EnvironmentFailure for an environment that isn't for
+    two players.
     """
+    _check_even(num_games)
     if opening_plies is None:
         opening_plies = default_opening_plies(player, opponent)
-    environments = [make_env() for _ in range(num_games)]
-    try:
-        check_two_players(environments[0])
-        games = _open_games(environments, history_length, opening_plies, rng)
-        playing = list(enumerate(games))
-        while playing:
-            for side, who in enumerate((player, opponent)):
-                turn = [game for number, game in playing if (game.players[-1] + number) % 2 == side]
-                if turn:
-                    play_moves(turn, who.choose(turn, rng))
-                    playing = [(number, game) for number, game in playing if not game.is_over]
-    finally:
-        for env in environments:
-            env.close()
-    outcomes = [outcome(game, number % 2) for number, game in enumerate(games)]
-    return MatchResult(
-        tally(outcomes[::2]),
-        tally(outcomes[1::2]),
-        sum(game.truncated for game in games),
-        float(np.mean([len(game.actions) for game in games])),
-    )
+    parts = []
+    with ExitStack() as stack:
+        environments = _make_environments(make_env, min(num_games, MAX_GAMES_AT_ONCE), stack)
+        for begin in range(0, num_games, MAX_GAMES_AT_ONCE):
+            games = _open_games(environments[: num_games - begin], history_length, opening_plies, rng)
+            parts.append(_play_out(games, (player, opponent), rng))
+    return _merge(parts)
 
 
 def default_opening_plies(player: Player, opponent: Player) -> int:
@@ -127,33 +119,101 @@ def play_moves(games: Sequence[Game], actions: Sequence[int]) -> None:
         game.play(legal, np.zeros(len(legal)), int(action), 0.0)
 
 
-def outcome(game: Game, side: int) -> int:
-    """1, 0 or -1: how the game ended for the player who moves as `side`, by the sum of its rewards."""
+def outcome(game: Game, side: int) -> float:
+    """The sum of a game's rewards as player `side` sees them: its own, less the other player's."""
     movers = game.players[: len(game.rewards)]
-    gained = sum(
+    return sum(
         reward if mover == side else -reward for mover, reward in zip(movers, game.rewards, strict=True)
     )
-    return int(np.sign(gained))
 
 
-def tally(outcomes: Sequence[int]) -> Tally:
-    """Outcomes 1, 0, -1, counted."""
-    return Tally(*(sum(one == kind for one in outcomes) for kind in (1, 0, -1)))
+def tally(outcomes: Sequence[float]) -> Tally:
+    """Outcomes above, at and below 0, counted."""
+    return Tally(*(sum(np.sign(one) == kind for one in outcomes) for kind in (1, 0, -1)))
+
+
+def _check_even(num_games: int) -> None:
+    if num_games < 2 or num_games % 2:
+        raise ContractError(
+            f"num_games is {num_games}; expected an even number from 2 on, as each opening is played with both "
+            f"colours; ask for {max(2, num_games + 1)}"
+        )
+
+
+def _make_environments(
+    make_env: Callable[[], Environment], number: int, stack: ExitStack
+) -> list[Environment]:
+    """Environments that the stack closes, whatever happens."""
+    environments: list[Environment] = []
+    for _ in range(number):
+        env = make_env()
+        stack.callback(env.close)
+        check_two_players(env)
+        environments.append(env)
+    return environments
+
+
+def _play_out(games: Sequence[Game], players: tuple[Player, Player], rng: np.random.Generator) -> MatchResult:
+    """All games to their ends, in lockstep; the first player moves first in games 0, 2, 4, …, from their starts."""
+    sides = [(game.players[0] + number) % 2 for number, game in enumerate(games)]
+    playing = list(zip(games, sides, strict=True))
+    while playing:
+        for shift, who in enumerate(players):
+            turn = [game for game, side in playing if (game.players[-1] - side) % 2 == shift]
+            if turn:
+                play_moves(turn, who.choose(turn, rng))
+                playing = [(game, side) for game, side in playing if not game.is_over]
+    outcomes = [outcome(game, side) for game, side in zip(games, sides, strict=True)]
+    return MatchResult(
+        tally(outcomes[::2]),
+        tally(outcomes[1::2]),
+        sum(game.truncated for game in games),
+        float(np.mean([len(game.actions) for game in games])),
+    )
+
+
+def _merge(parts: Sequence[MatchResult]) -> MatchResult:
+    weights = [part.total.games for part in parts]
+    return MatchResult(
+        _sum_tallies(part.first for part in parts),
+        _sum_tallies(part.second for part in parts),
+        sum(part.truncated for part in parts),
+        float(np.average([part.mean_plies for part in parts], weights=weights)),
+    )
+
+
+def _sum_tallies(tallies: Iterable[Tally]) -> Tally:
+    return Tally(*map(sum, zip(*tallies, strict=True)))
 
 
 def _open_games(
     environments: Sequence[Environment], history_length: int, opening_plies: int, rng: np.random.Generator
 ) -> list[Game]:
-    """Games after their openings; an opening that would end its game is left out."""
+    """Games after their openings, two after each."""
     games = []
-    for number, env in enumerate(environments):
-        if number % 2 == 0:
-            seed, num_plies = int(rng.integers(2**31)), int(rng.integers(opening_plies + 1))
-        game = Game(env, history_length, seed)
-        for _ in range(num_plies):
-            play_moves([game], [_random_action(game, seed)])
-        games.append(Game(env, history_length, seed) if game.is_over else game)
+    for number in range(0, len(environments), 2):
+        games += _open_pair(environments[number : number + 2], history_length, opening_plies, rng)
     return games
+
+
+def _open_pair(
+    environments: Sequence[Environment], history_length: int, opening_plies: int, rng: np.random.Generator
+) -> list[Game]:
+    """Games after one opening. One that would end them is drawn again; the last of several is left out."""
+    for _ in range(OPENING_DRAWS):
+        seed, num_plies = int(rng.integers(2**31)), int(rng.integers(opening_plies + 1))
+        games = [_open_game(env, history_length, seed, num_plies) for env in environments]
+        if not any(game.is_over for game in games):
+            return games
+    return [Game(env, history_length, seed) for env in environments]
+
+
+def _open_game(env: Environment, history_length: int, seed: int, num_plies: int) -> Game:
+    """A game after so many random moves, or over after fewer."""
+    game = Game(env, history_length, seed)
+    while len(game.actions) < num_plies and not game.is_over:
+        play_moves([game], [_random_action(game, seed)])
+    return game
 
 
 def _random_action(game: Game, seed: int) -> int:

@@ -13,7 +13,7 @@ from distributed_muzero.config import SearchConfig
 from distributed_muzero.environments import reading
 from distributed_muzero.environments.base import Environment
 from distributed_muzero.errors import EnvironmentFailure
-from distributed_muzero.matches.match import play_moves
+from distributed_muzero.matches.match import outcome, play_moves
 from distributed_muzero.networks.inference import SearchModel
 
 
@@ -80,11 +80,13 @@ class Outcome(NamedTuple):
 class PersonGame:
     """One game that can be taken back: its moves are played again then, from the same seed in a new environment.
 
-    person: the player, 0 or 1, that the person is.
+    begins: whether the person has the first move; alone, a person has all of them.
     """
 
-    def __init__(self, make_env: Callable[[], Environment], history_length: int, seed: int, person: int = 0):
-        self.person = person
+    def __init__(
+        self, make_env: Callable[[], Environment], history_length: int, seed: int, begins: bool = True
+    ):
+        self.begins = begins
         self.moves: list[Move] = []
         self._make_env = make_env
         self._history_length = history_length
@@ -92,6 +94,8 @@ class PersonGame:
         self._has_resigned = False
         self._env = make_env()
         self.game = Game(self._env, history_length, seed)
+        first_mover = self.game.players[0]
+        self.person = first_mover if begins else 1 - first_mover
 
     @property
     def is_over(self) -> bool:
@@ -152,11 +156,7 @@ class PersonGame:
 
     def outcome(self) -> Outcome:
         """Of a game that is over."""
-        movers = self.game.players[: len(self.game.rewards)]
-        score = sum(
-            reward if mover == self.person else -reward
-            for mover, reward in zip(movers, self.game.rewards, strict=True)
-        )
+        score = outcome(self.game, self.person)
         if self._has_resigned:
             return Outcome(score, "resigned")
         return Outcome(score, "cut" if self.game.truncated else "by the rules")

@@ -10,6 +10,7 @@ import numpy as np
 
 from distributed_muzero.algorithm.acting import Game, decide
 from distributed_muzero.config import SearchConfig
+from distributed_muzero.errors import NonFiniteError
 from distributed_muzero.networks.inference import SearchModel
 
 
@@ -81,9 +82,17 @@ class PriorPlayer:
         self.history_length = history_length
 
     def choose(self, games: Sequence[Game], rng: np.random.Generator) -> list[int]:
+        """Raises NonFiniteError where the network gives a legal action NaN or Inf."""
         seen = [seen_with(game, self.history_length) for game in games]
         _, logits = self.model.initial(np.stack([game.history for game in seen]), 1)
         legal = np.stack([game.read_mask() for game in games])
+        bad_rows = (legal & ~np.isfinite(logits)).any(1)
+        if bad_rows.any():
+            row = int(bad_rows.argmax())
+            raise NonFiniteError(
+                f"the prior in row {row} isn't finite: logits {logits[row].tolist()}, legal {legal[row].tolist()}; "
+                f"check the network's weights (step {len(games[row].actions)} of a game with seed {games[row].seed})"
+            )
         return np.where(legal, logits, -np.inf).argmax(1).tolist()
 
 

@@ -44,6 +44,13 @@ def chain(tmp_path_factory):
     return train(tmp_path_factory.mktemp("runs"), "row", "--env", "chain")
 
 
+@pytest.fixture(scope="module")
+def chess(tmp_path_factory):
+    pytest.importorskip("pyspiel", reason="OpenSpiel isn't installed")
+    short = ("--set", "environment.max_episode_steps=10", "--set", "evaluator.league_size=0")
+    return train(tmp_path_factory.mktemp("runs"), "chess", "--env", "openspiel:chess", *short)
+
+
 def pipe(run, typed, *arguments, **options):
     """What the command prints, in a process of its own."""
     done = subprocess.run(
@@ -92,9 +99,21 @@ def test_a_whole_game_through_a_pipe(ttt, side, own, its):
     ) == (last.count(its))
 
 
+@pytest.mark.parametrize("side", ["first", "second"])
+def test_sides_are_kept_where_player_1_begins(chess, side):
+    """White, who begins, is player 1 of OpenSpiel's chess."""
+    lines = play(chess, "a3\na6\nq\n", f"--{side}").splitlines()
+    assert f"you play {side}" in lines
+    told = [line for line in lines if re.match(r"move \d|you play \w\d$|it plays", line)]
+    if side == "first":
+        assert told[:2] == ["move 1", "you play a3"] and told[2].startswith("it plays")
+    else:
+        assert told[0].startswith("it plays") and told[1:3] == ["move 2", "you play a6"]
+
+
 def test_the_seed_draws_who_begins_and_repeats_the_game(ttt):
     assert pipe(ttt, NUMBERS, "--seed", 3) == play(ttt, NUMBERS, "--seed", 3)
-    assert {choose_side("a game", 2, None, seed) for seed in range(20)} == {0, 1}
+    assert {choose_side("a game", 2, None, seed) for seed in range(20)} == {True, False}
 
 
 def test_without_a_seed_one_is_made_up_and_told(ttt):
@@ -322,7 +341,7 @@ def test_how_a_game_ended(outcome, has_opponent, words):
 
 
 def test_sides_follow_the_choice():
-    assert [choose_side("a game", 2, first, 1) for first in (True, False)] == [0, 1]
-    assert choose_side("a game", 1, None, 1) == 0
+    assert [choose_side("a game", 2, first, 1) for first in (True, False)] == [True, False]
+    assert choose_side("a game", 1, None, 1)
     with pytest.raises(ConfigError, match="a game is for one player"):
         choose_side("a game", 1, True, 1)

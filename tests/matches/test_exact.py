@@ -163,15 +163,17 @@ def test_one_planted_mistake_is_counted_exactly(solutions):
 
 
 def test_a_mistake_that_gives_a_win_away_is_no_loss(solutions):
-    """X on 0 and 1, O on 3 and 4: X takes the last row's corner instead of 2, O then wins or doesn't."""
+    """X on 0 and 1, O on 3 and 8: X takes 5, where 2 wins, and 4 and 7 make two threats; nobody wins any more."""
     state = pyspiel.load_game("tic_tac_toe").new_initial_state()
     for action in (0, 3, 1, 8):
         state.apply_action(action)
-    keep = solutions["tic_tac_toe"].optimal_actions(state)
-    assert keep.tolist() == [2] or 2 in keep
     player = Recorded(Planted(solutions["tic_tac_toe"], position(state)))
     result = play(player, "tic_tac_toe", solutions)
-    assert result.mistakes == 1
+    [mistake] = result.first_mistakes
+    assert (mistake.played, mistake.optimal) == (5, [2, 4, 7])
+    assert (mistake.value, mistake.value_after) == (1, 0)
+    assert (result.losses, result.mistakes) == (0, 1)
+    assert (result.as_first, result.as_second) == ("draw", "draw")
     assert (result.positions, result.losses, result.mistakes) == by_recursion("tic_tac_toe", player.moves)[:3]
 
 

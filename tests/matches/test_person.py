@@ -24,8 +24,8 @@ class Nim(games.Nim):
     truncated = False
     num_open = 0
 
-    def __init__(self, pile):
-        super().__init__(pile)
+    def __init__(self, pile, first_player=0):
+        super().__init__(pile, first_player)
         type(self).num_open += 1
 
     def initial_state(self, seed=None):
@@ -100,14 +100,14 @@ def test_a_forbidden_action_has_no_prior_however_large_its_logit():
     assert priors.tolist() == [0.5, 0, 0.5]
 
 
-@pytest.mark.parametrize("person", [0, 1])
-def test_taking_back_returns_to_the_persons_own_turn(person):
-    game = PersonGame(lambda: Nim(10), 1, seed=1, person=person)
+@pytest.mark.parametrize("begins", [True, False])
+def test_taking_back_returns_to_the_persons_own_turn(begins):
+    game = PersonGame(lambda: Nim(10), 1, seed=1, begins=begins)
     actions = [0, 1, 0, 1, 0]
     for action in actions:
         game.play(action)
     before = game.describe()
-    at = 4 if person == 0 else 3
+    at = 4 if begins else 3
     assert game.take_back() == 5 - at
     assert game.is_persons_turn and [move.action for move in game.moves] == actions[:at]
     assert game.describe() != before
@@ -120,7 +120,7 @@ def test_taking_back_returns_to_the_persons_own_turn(person):
 
 
 def test_all_can_be_taken_back_and_no_more():
-    game = PersonGame(lambda: Nim(10), 1, seed=0, person=1)
+    game = PersonGame(lambda: Nim(10), 1, seed=0, begins=False)
     game.play(0)
     assert game.take_back() == 0 and len(game.moves) == 1  # the other one's move alone stays
     for action in (0, 1, 1, 0):
@@ -151,7 +151,7 @@ def test_an_environment_that_plays_another_game_cannot_be_taken_back():
 
 
 def test_idle_moves_are_told_and_not_what_is_taken_back():
-    game = PersonGame(lambda: WaitingNim(10), 1, seed=0, person=1)
+    game = PersonGame(lambda: WaitingNim(10), 1, seed=0, begins=False)
     game.play(0)
     assert game.must_pass and game.is_persons_turn and game.legal_actions() == [0]
     assert game.play(0).is_idle
@@ -162,9 +162,11 @@ def test_idle_moves_are_told_and_not_what_is_taken_back():
     assert game.take_back() == 2 and len(game.moves) == 3
 
 
-@pytest.mark.parametrize(("person", "score"), [(0, 1), (1, -1)])
-def test_who_takes_the_last_stone_wins(person, score):
-    game = PersonGame(lambda: Nim(4), 1, seed=0, person=person)
+@pytest.mark.parametrize("first_player", [0, 1])
+@pytest.mark.parametrize(("begins", "score"), [(True, 1), (False, -1)])
+def test_who_takes_the_last_stone_wins(begins, score, first_player):
+    game = PersonGame(lambda: Nim(4, first_player), 1, seed=0, begins=begins)
+    assert game.is_persons_turn == begins
     for action in (0, 1, 0):
         assert not game.is_over
         game.play(action)
