@@ -107,9 +107,9 @@ def test_the_example_is_trained_and_evaluated_and_needs_trust_each_time(here, tm
     assert done.returncode == 2 and TRUST in done.stderr and not (tmp_path / "runs" / "r").exists()
     done = processes.run(*begin, *small, "--runs-dir", tmp_path / "runs", TRUST)
     assert done.returncode == 0, done.stderr
-    evaluate = ("evaluate", "r", "--runs-dir", tmp_path / "runs", "--episodes", 2, "--json")
+    evaluate = ("evaluate", "r", "--runs-dir", tmp_path / "runs", "--games", 2, "--json")
     done = processes.run(*evaluate)
     assert done.returncode == 2 and TRUST in done.stderr
     done = processes.run(*evaluate, TRUST)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["episodes"] == 2
+    assert json.loads(done.stdout.splitlines()[-1])["games"] == 2
