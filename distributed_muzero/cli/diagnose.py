@@ -45,10 +45,10 @@ def diagnose(
     ] = None,
 ) -> None:
     """Compare a run's learnt model with real games: errors by unroll depth, calibration of values, the search."""
-    from distributed_muzero.cli.plot import _check_out
+    from distributed_muzero.cli.plot import check_out
     from distributed_muzero.workers.runs import open_to_read
 
-    image_format = None if out is None else _check_out(out)
+    image_format = None if out is None else check_out(out)
     folder = open_to_read(run, runs_dir, NOT_NEEDED if replay else (*NOT_NEEDED, "replay"))
     saved = checkpoints.load_checkpoint(folder, which)
     result = diagnose_run(folder, saved, episodes, replay, depth, simulations, seed)

@@ -65,7 +65,7 @@ EnvsPerActor = Annotated[int | None, typer.Option(help="actor.envs_per_actor: ga
 Shards = Annotated[int | None, typer.Option(help="replay.num_shards")]
 MaxEnvSteps = Annotated[int | None, typer.Option(help="Stop after so many environment steps.")]
 MaxTrainSteps = Annotated[int | None, typer.Option(help="Stop after so many learner steps.")]
-MaxMinutes = Annotated[float | None, typer.Option(help="Stop after so many minutes.")]
+MaxMinutes = Annotated[float | None, typer.Option(help="Stop after so many minutes, starting included.")]
 StopAtReturn = Annotated[float | None, typer.Option(help="Stop when an evaluation reaches this mean.")]
 MetricsPort = Annotated[
     int | None,

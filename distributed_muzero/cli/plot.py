@@ -52,7 +52,7 @@ def plot(
     folders = {folder.path: folder for folder in (open_to_read(run, runs_dir, NOT_NEEDED) for run in runs)}
     records = [read_records(folder) for folder in folders.values()]
     path = Path(_default_name(records)) if out is None else out
-    image_format = _check_out(path)
+    image_format = check_out(path)
     over = default_axis(records) if over is None else over
     _check_metrics(records, metric or [], over)
     existed = path.exists()
@@ -73,20 +73,20 @@ def _default_name(records: Sequence[Records]) -> str:
     return f"{first}_and_{len(others)}_more.png" if others else f"{first}.png"
 
 
-def _check_out(path: Path) -> str:
+def check_out(path: Path) -> str:
     """The picture's format. Raises ConfigError before anything is drawn."""
     from distributed_muzero.observability.plotting import image_formats
 
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(
+            f"--out {path}: {'that is a folder' if path.is_dir() else f'there is no folder {path.parent}'}; "
+            "name a file in a folder that exists"
+        )
     image_format, formats = path.suffix.removeprefix(".").lower(), image_formats()
     if image_format not in formats:
         raise ConfigError(
             f"--out {path}: {f'no picture is known by .{image_format}' if image_format else 'it has no suffix'}; "
             f"choose one of {', '.join(sorted(formats))}"
-        )
-    if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(
-            f"--out {path}: {'that is a folder' if path.is_dir() else f'there is no folder {path.parent}'}; "
-            "name a file in a folder that exists"
         )
     return image_format
 
@@ -103,7 +103,9 @@ def _check_metrics(records: Sequence[Records], metrics: Sequence[str], over: str
         if labelled:
             raise ConfigError(f"--metric {name}: name one of {', '.join(labelled)}")
         if not _is_metric(name):
-            close = difflib.get_close_matches(name, [*recorded, *METRICS], n=1)
+            close = difflib.get_close_matches(name, recorded, n=1) or difflib.get_close_matches(
+                name, METRICS, n=1
+            )
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ConfigError(f"unknown metric {name!r}{hint}; recorded are {', '.join(recorded)}")
         raise RunError(

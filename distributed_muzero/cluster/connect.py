@@ -35,8 +35,8 @@ def why_not(address: str, error: Exception) -> str:
     """What `ray.init` said at an address, and what to do about it."""
     if address == "local":
         return (
-            f"Ray can't be started on this machine: {first_line(error)}; --in-process trains without it. A machine that is "
-            "busy may need longer: RAY_raylet_start_wait_time_s=200"
+            f"Ray can't be started on this machine: {first_line(error)}; --in-process trains without it. A machine "
+            "that is busy may need longer: RAY_raylet_start_wait_time_s=200"
         )
     if str(error).startswith("Version mismatch"):
         versions = " ".join(str(error).split())

@@ -129,7 +129,8 @@ def outcome(game: Game, side: int) -> float:
 
 def tally(outcomes: Sequence[float]) -> Tally:
     """Outcomes above, at and below 0, counted."""
-    return Tally(*(sum(np.sign(one) == kind for one in outcomes) for kind in (1, 0, -1)))
+    signs = np.sign(outcomes).astype(int).tolist()
+    return Tally(*(signs.count(kind) for kind in (1, 0, -1)))
 
 
 def _check_even(num_games: int) -> None:

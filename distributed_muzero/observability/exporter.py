@@ -56,7 +56,7 @@ class Exporter(Collector):
         except (OSError, OverflowError) as error:
             raise RunError(
                 f"metrics can't be served on {config.host} port {config.port}: {error}; "
-                "choose another with --metrics-port, or 0 for any that is free"
+                "choose another with --metrics-port, or 0 for any that is free; or another metrics.host"
             ) from None
         self.address = f"{host}:{self._server.server_port}"
         self._target_file = targets / f"{run}.json" if targets else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -254,3 +256,8 @@ def test_one_player_has_no_opponent():
             2,
             np.random.default_rng(5),
         )
+
+
+def test_a_result_can_be_written_as_json():
+    result = play_match(RandomPlayer(), RandomPlayer(), tic_tac_toe, 2, np.random.default_rng(6))
+    assert json.loads(json.dumps(result.to_json()))["games"] == 2
