@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
+import time
 
 import pytest
 
@@ -29,8 +31,16 @@ AT_WORK = {
 @pytest.fixture
 def ended_run(tmp_path):
     folder = create_run(tmp_path, "r", make_config(load_preset("debug")))
-    folder.write_status({"run": "r", "state": "finished", "learner_steps": 5})
+    before = {"reason": "5 learner steps were made", "seconds": 9.0, "updated": "2026-01-01T00:00:00+00:00"}
+    folder.write_status({"run": "r", "state": "finished", "learner_steps": 5, **before})
     return folder
+
+
+def told(status):
+    """A status without its moment, which is now: nothing of a launch before is said as if it were of this one."""
+    written = datetime.datetime.fromisoformat(status["updated"]).timestamp()
+    assert abs(time.time() - written) < 60
+    return {key: value for key, value in status.items() if key != "updated"}
 
 
 def launch(folder):
@@ -41,13 +51,14 @@ def test_a_stop_during_an_import_is_told_and_is_the_runs_last_word(ended_run, mo
     seen = []
 
     def stopped_import(folder, *_):
-        seen.append(folder.current_status())
+        seen.append(told(folder.current_status()))
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(train, "import_stored", stopped_import)
     launch(ended_run)
     assert seen == [{"run": "r", "state": "starting", "learner_steps": 5}]
-    assert ended_run.current_status() == {"run": "r", "state": "stopped", "learner_steps": 5}
+    last = told(ended_run.current_status())
+    assert last == {"run": "r", "state": "stopped", "learner_steps": 5, "reason": "a stop was asked for"}
     assert any(line.startswith("stopped after") for line in capfd.readouterr().err.splitlines())
 
 
@@ -57,7 +68,7 @@ def test_what_a_killed_launch_said_of_its_processes_is_not_said_of_the_next(ende
     seen = []
 
     def look(folder, *_):
-        seen.append(folder.current_status())
+        seen.append(told(folder.current_status()))
         raise RunError("that is enough")
 
     monkeypatch.setattr(train, "import_stored", look)
@@ -70,7 +81,7 @@ def test_whoever_finds_the_copy_of_a_run_that_imports_sees_that_somebody_is_at_w
     seen = []
 
     def look(folder, *_):
-        seen.append(current_status("r", there))
+        seen.append(told(current_status("r", there)))
         raise RunError("nothing can be learnt from")
 
     monkeypatch.setattr(train, "import_stored", look)
@@ -87,7 +98,8 @@ def test_a_launch_that_fails_before_anybody_has_played_has_failed(ended_run, mon
     monkeypatch.setattr(train, "import_stored", refuse)
     with pytest.raises(RunError, match="none of the episodes"):
         launch(ended_run)
-    assert ended_run.current_status() == {"run": "r", "state": "failed", "learner_steps": 5}
+    last, reason = told(ended_run.current_status()), "none of the episodes can be learnt from"
+    assert last == {"run": "r", "state": "failed", "learner_steps": 5, "reason": reason}
 
 
 def test_a_run_that_has_reached_its_goal_is_over(tmp_path):
