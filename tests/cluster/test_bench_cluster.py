@@ -84,6 +84,7 @@ def test_arrays_leave_a_process_as_contiguous_buffers_and_nothing_else_is_large(
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.long
 def test_what_twenty_actors_were_told_is_stored_lies_in_two_shards_once():
     from distributed_muzero.cluster.session import ray_session
     from distributed_muzero.cluster.simulation import Players, simulate

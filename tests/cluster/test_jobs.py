@@ -313,6 +313,7 @@ class TestALifeFromOutside:
         wait_for("its processes' end", lambda: not cluster.workers("haste"))
         assert not list((cluster.runs_dir / "haste" / "checkpoints").glob("step_*"))
 
+    @pytest.mark.long
     def test_watch_follows_a_run_to_its_end_and_ctrl_c_ends_the_view_alone(self, cluster):
         cluster.outside("submit", "--preset", "debug", "--name", "seen", *FOREVER)
         wait_for("learner steps", lambda: cluster.status("seen").get("learner_steps", 0) > 0)
@@ -330,6 +331,7 @@ class TestALifeFromOutside:
         assert lines[-1].startswith("seen stopped: it was asked to stop")
         assert watching.returncode == 0
 
+    @pytest.mark.long
     def test_a_wheel_brings_an_environment_of_ones_own(self, cluster, tmp_path):
         wheel = make_wheel(tmp_path)
         cluster.outside(

@@ -10,7 +10,7 @@ from distributed_muzero.run_folder import open_run
 from distributed_muzero.workers.league import unsealed
 from tests.processes import find_role, run, started, status, wait_for
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.long]
 
 pytest.importorskip("pyspiel")
 
