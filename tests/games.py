@@ -81,3 +81,22 @@ def nim_functions():
 
 def nim_networks():
     return FunctionNetworks(*nim_functions())
+
+
+def stirring_functions(num_actions):
+    """Functions that depend on every number of the history, its place in the stack, and every action."""
+
+    def stir(x):
+        return (x * 1.7 + 0.31).sin()
+
+    def h(o):
+        flat = o.flatten(1).double()
+        return sum(stir(flat[:, i : i + 1] * (i + 1)) for i in range(flat.shape[1]))
+
+    return (
+        h,
+        lambda s, a: stir(s[:, 0] + a),
+        lambda s, a: stir(s + 0.5 * a[:, None]),
+        lambda s: stir(2 * s[:, 0]),
+        lambda s: torch.cat([3 * stir(s * (i + 2)) for i in range(num_actions)], 1),
+    )

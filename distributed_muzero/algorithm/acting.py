@@ -14,7 +14,7 @@ from distributed_muzero.config import SearchConfig
 from distributed_muzero.errors import ContractError, NonFiniteError
 from distributed_muzero.networks.base import as_networks
 from distributed_muzero.networks.inference import SearchModel, make_search_model
-from distributed_muzero.types import Episode, Step
+from distributed_muzero.types import Episode, SearchResult, Step
 
 
 def acting(
@@ -103,12 +103,16 @@ class Game:
         self.is_over = bool(is_terminal)
         self.players.append(self._player())
 
+    def move(self, action: int) -> None:
+        """Plays `action`, of which nothing is learnt: no search stands behind it, and no policy or value is kept."""
+        legal = self.read_mask()
+        self.play(legal, np.zeros(len(legal)), action, 0.0)
+
     def play_opening(self, num_moves: int, rng: np.random.Generator) -> None:
         """Plays random legal moves, and forgets them: the episode begins behind them. It may be over by then."""
         for _ in range(num_moves):
             if not self.is_over:
-                legal = self.read_mask()
-                self.play(legal, np.zeros(len(legal)), int(rng.choice(np.flatnonzero(legal))), 0.0)
+                self.move(int(rng.choice(np.flatnonzero(self.read_mask()))))
         for made in (self.legal_masks, self.actions, self.rewards, self.policies, self.root_values):
             made.clear()
         del self.observations[:-1], self.players[:-1]
@@ -173,8 +177,7 @@ class Decision(NamedTuple):
     """What a search says of the games that it was asked for, a row each."""
 
     legal_masks: np.ndarray  # [B, A] bool
-    policies: np.ndarray  # [B, A] untempered
-    root_values: np.ndarray  # [B]
+    result: SearchResult
     actions: np.ndarray  # [B] to be played
     seconds: float  # that the search took
 
@@ -194,10 +197,9 @@ def act(
     made = decide(
         games, model, config, discount, temperature, noise=noise, rng=rng, num_simulations=num_simulations
     )
+    policies, root_values = made.result.action_weights, made.result.root_values
     for row, game in enumerate(games):
-        game.play(
-            made.legal_masks[row], made.policies[row], int(made.actions[row]), float(made.root_values[row])
-        )
+        game.play(made.legal_masks[row], policies[row], int(made.actions[row]), float(root_values[row]))
     return made.seconds
 
 
@@ -237,7 +239,7 @@ def decide(
     seconds = time.perf_counter() - began
     if actions is None:
         actions = choose_actions(result.visit_counts, temperature, rng)
-    return Decision(legal, result.action_weights, result.root_values, actions, seconds)
+    return Decision(legal, result, actions, seconds)
 
 
 def choose_actions(visit_counts: np.ndarray, temperature: float, rng: np.random.Generator) -> np.ndarray:

@@ -41,7 +41,7 @@ def load_side(folder: RunFolder, builder: Builder, checkpoint: str, manner: Mann
 
     saved = checkpoints.load_checkpoint(folder, checkpoint)
     model = PolicyModel(builder.networks())
-    model.load(saved.state["weights_version"], model.flat.vector_of(saved.tensors["weights"]))
+    model.load_checkpoint(saved)
     assert model.search_model is not None
     config, name = folder.config, f"{folder.name}/{saved.path.name}"
     history_length = config.environment.history_length
@@ -68,32 +68,16 @@ def make_opponent(
         from distributed_muzero.matches.players import RandomPlayer
 
         return RandomPlayer(), 1
-    if text == "minimax":
-        return _minimax(builder), 1
-    if kind == "mcts" and not number.startswith("//"):
-        return _mcts(builder, _number(text, number)), 1
+    is_mcts = kind == "mcts" and not number.startswith("//")
+    if text == "minimax" or is_mcts:
+        from distributed_muzero.matches.rule_players import make_rule_player
+
+        name = f"mcts:{_number(text, number)}" if is_mcts else text
+        return make_rule_player(name, builder.environment(), name.partition(":")[0]), 1
     if kind == "step" and not number.startswith("//"):
         side = load_side(folder, builder, str(_number(text, number)), manner)
         return side.player, folder.config.environment.history_length
     return _other_run(text, runs_dir, builder)
-
-
-def _minimax(builder: Builder) -> Player:
-    from distributed_muzero.matches.solver import rules_of, solve
-
-    rules = rules_of(builder.environment(), "minimax")
-    from distributed_muzero.matches.rule_players import MinimaxPlayer
-
-    return MinimaxPlayer(solve(rules))
-
-
-def _mcts(builder: Builder, num_simulations: int) -> Player:
-    from distributed_muzero.matches.solver import rules_of
-
-    rules = rules_of(builder.environment(), "mcts")
-    from distributed_muzero.matches.rule_players import MctsPlayer
-
-    return MctsPlayer(rules, num_simulations)
 
 
 def _other_run(text: str, runs_dir: str, builder: Builder) -> tuple[Player, int]:

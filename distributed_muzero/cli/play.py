@@ -51,7 +51,7 @@ def play(
     seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
     begins = choose_side(builder.spec.id, builder.spec.num_players, first, seed)
     model = PolicyModel(builder.networks())
-    model.load(saved.state["weights_version"], model.flat.vector_of(saved.tensors["weights"]))
+    model.load_checkpoint(saved)
     assert model.search_model is not None
     config = folder.config
     adviser = Adviser(model.search_model, config.search, config.algorithm.discount, simulations)

@@ -229,6 +229,7 @@ def train_in(
     from distributed_muzero.observability.progress import Progress
     from distributed_muzero.workers.bookkeeper import Bookkeeper, why_over
     from distributed_muzero.workers.layout import lay_out
+    from distributed_muzero.workers.run_state import STOPPED
 
     began = time.monotonic()
     with ExitStack() as stack:
@@ -250,11 +251,10 @@ def train_in(
                     copies.claim_shards(config.replay.num_shards)
             import_stored(folder, datasets, copies, progress.message, stop.is_set)
         if stop.is_set():
-            reason = "a stop was asked for"
-            folder.write_counts("stopped", reason)
+            folder.write_counts("stopped", STOPPED.reason)
             if copies:
                 copies.push()
-            progress.message(f"stopped after {time.monotonic() - began:.1f} s: {reason}")
+            progress.message(f"stopped after {time.monotonic() - began:.1f} s: {STOPPED.reason}")
             return
         if copies:
             copies.push()

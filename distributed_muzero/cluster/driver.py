@@ -31,7 +31,7 @@ from distributed_muzero.mirror.download import num_bytes_at
 from distributed_muzero.mirror.uri import join
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.run_copy import LAST_PUSH_SECONDS
-from distributed_muzero.workers.run_state import ActorReport, Crew, Ending, LearnerReport, Version
+from distributed_muzero.workers.run_state import STOPPED, ActorReport, Crew, Ending, LearnerReport, Version
 
 PLAY_SECONDS = 0.25  # of one call, at least
 MAX_PLAY_CALLS = 800  # a second, of all actors: more would keep the driver from everything else
@@ -131,7 +131,7 @@ class Driver:
             if (is_stopped or self._reshards) and self._has_drained(is_stopped):
                 if is_stopped:
                     self._end()
-                    return Ending("a stop was asked for", True)
+                    return STOPPED
                 try:
                     self._end(seconds=RESHARD_SECONDS)
                 except RunError as error:  # the next learner goes on from the last checkpoint

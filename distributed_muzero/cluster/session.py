@@ -20,7 +20,7 @@ from distributed_muzero.errors import ClusterError, LogError
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import num_reanalysers
 from distributed_muzero.workers.layout import lay_out, with_shards
-from distributed_muzero.workers.run_state import Ending
+from distributed_muzero.workers.run_state import STOPPED, Ending
 
 EXCHANGE_SECONDS = 10.0
 SHARDS_END_SECONDS = 15.0  # until killed shards have let go of their logs
@@ -41,7 +41,7 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
             desired = change_shards(book, desired, control)
             config = book.config
             if stop_requested():
-                return Ending("a stop was asked for", True)
+                return STOPPED
 
 
 def change_shards(book: Bookkeeper, desired: Desired, control: Any) -> Desired:

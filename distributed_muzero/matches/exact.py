@@ -10,7 +10,6 @@ import numpy as np
 from distributed_muzero.algorithm.acting import Game
 from distributed_muzero.environments.base import Environment
 from distributed_muzero.errors import EnvironmentFailure
-from distributed_muzero.matches.match import play_moves
 from distributed_muzero.matches.players import Player
 from distributed_muzero.matches.solver import Graph, Solution
 
@@ -150,7 +149,7 @@ def _play_up_to(env: Any, path: list[int], history_length: int) -> Game:
     game = Game(env, history_length)
     _pass(game)
     for action in path:
-        play_moves([game], [action])
+        game.move(action)
         _pass(game)
     return game
 
@@ -158,7 +157,7 @@ def _play_up_to(env: Any, path: list[int], history_length: int) -> Game:
 def _pass(game: Game) -> None:
     """Plays the moves that do nothing. Raises EnvironmentFailure for a game that is over, which none should be here."""
     while not game.is_over and game.env.must_pass:
-        play_moves([game], [int(np.flatnonzero(game.read_mask())[0])])
+        game.move(int(np.flatnonzero(game.read_mask())[0]))
     if game.is_over:
         raise EnvironmentFailure(
             f"{game.env.spec.id} cuts games after {len(game.actions)} steps, before they are decided; raise "

@@ -112,13 +112,6 @@ def check_two_players(env: Environment) -> None:
         )
 
 
-def play_moves(games: Sequence[Game], actions: Sequence[int]) -> None:
-    """Plays an action in each game. Nothing of it is learnt from, so no policy and no value are kept."""
-    for game, action in zip(games, actions, strict=True):
-        legal = game.read_mask()
-        game.play(legal, np.zeros(len(legal)), int(action), 0.0)
-
-
 def outcome(game: Game, side: int) -> float:
     """The sum of a game's rewards as player `side` sees them: its own, less the other player's."""
     movers = game.players[: len(game.rewards)]
@@ -162,7 +155,8 @@ def _play_out(games: Sequence[Game], players: tuple[Player, Player], rng: np.ran
         for shift, who in enumerate(players):
             turn = [game for game, side in playing if (game.players[-1] - side) % 2 == shift]
             if turn:
-                play_moves(turn, who.choose(turn, rng))
+                for game, action in zip(turn, who.choose(turn, rng), strict=True):
+                    game.move(action)
                 playing = [(game, side) for game, side in playing if not game.is_over]
     outcomes = [outcome(game, side) for game, side in zip(games, sides, strict=True)]
     return MatchResult(
@@ -213,7 +207,7 @@ def _open_game(env: Environment, history_length: int, seed: int, num_plies: int)
     """A game after so many random moves, or over after fewer."""
     game = Game(env, history_length, seed)
     while len(game.actions) < num_plies and not game.is_over:
-        play_moves([game], [_random_action(game, seed)])
+        game.move(_random_action(game, seed))
     return game
 
 

@@ -7,13 +7,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from distributed_muzero.algorithm.acting import Game, choose_actions
-from distributed_muzero.algorithm.planning import plan_and_decide
+from distributed_muzero.algorithm.acting import Game, decide
 from distributed_muzero.config import SearchConfig
 from distributed_muzero.environments import reading
 from distributed_muzero.environments.base import Environment
 from distributed_muzero.errors import EnvironmentFailure
-from distributed_muzero.matches.match import outcome, play_moves
+from distributed_muzero.matches.match import outcome
 from distributed_muzero.networks.inference import SearchModel
 
 
@@ -40,28 +39,24 @@ class Adviser:
         self.num_simulations = num_simulations or search.num_simulations
 
     def opinion(self, game: Game) -> Opinion:
-        legal = game.read_mask()
-        observations = game.history[None]
-        result, actions = plan_and_decide(
+        made = decide(
+            [game],
             self.model,
-            observations,
-            legal[None],
             self.search,
-            -self.discount if game.alternates else self.discount,
-            rng=None,
+            self.discount,
+            0.0,
             noise=False,
+            rng=np.random.default_rng(0),
             num_simulations=self.num_simulations,
         )
-        if actions is None:
-            actions = choose_actions(result.visit_counts, 0.0, np.random.default_rng(0))
-        action = int(actions[0])
-        _, logits = self.model.initial(observations, 1)
+        action, result = int(made.actions[0]), made.result
+        _, logits = self.model.initial(game.history[None], 1)
         return Opinion(
             action,
             float(result.qvalues[0, action]),
             result.action_weights[0],
             np.where(result.visit_counts[0] > 0, result.qvalues[0], np.nan),
-            legal_softmax(logits[0], legal),
+            legal_softmax(logits[0], made.legal_masks[0]),
         )
 
 
@@ -127,7 +122,7 @@ class PersonGame:
     def play(self, action: int) -> Move:
         """The legal action of whoever is to move."""
         move = Move(self.game.players[-1], action, self.action_name(action), self.must_pass)
-        play_moves([self.game], [action])
+        self.game.move(action)
         self.moves.append(move)
         return move
 
@@ -167,7 +162,7 @@ class PersonGame:
     def _replay(self, env: Environment, num_moves: int) -> Game:
         game = Game(env, self._history_length, self._seed)
         for move in self.moves[:num_moves]:
-            play_moves([game], [move.action])
+            game.move(move.action)
         if not all(map(np.array_equal, game.observations, self.game.observations)):
             raise EnvironmentFailure(
                 f"{env.spec.id}: the same moves from the same seed {self._seed} gave another game, so that nothing can "

@@ -6,15 +6,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyspiel
 
 from distributed_muzero.algorithm.acting import Game
-from distributed_muzero.matches.solver import Solution
+from distributed_muzero.environments.base import Environment
+from distributed_muzero.matches.players import Player
+from distributed_muzero.matches.solver import MAX_POSITIONS, Solution, rules_of, solve
 
 EXPLORATION = 2.0  # uct_c, as in OpenSpiel's own examples
 SEEDS = 2**31
 # Far above what a search takes, so that OpenSpiel never drops parts of a tree.
 MAX_MEGABYTES = 2**20
+
+
+def make_rule_player(name: str, env: Environment, who: str, max_positions: int = MAX_POSITIONS) -> Player:
+    """`minimax` or `mcts:SIMS`, for the game of an environment, which is closed.   who: asks for it, for the error.
+
+    max_positions: of a game for minimax. Raises EnvironmentFailure for a game that this player can't play.
+    """
+    try:
+        rules = rules_of(env, who)
+    finally:
+        env.close()
+    if name == "minimax":
+        return MinimaxPlayer(solve(rules, max_positions))
+    return MctsPlayer(rules, int(name.removeprefix("mcts:")))
 
 
 class MinimaxPlayer:
@@ -60,6 +75,8 @@ class MctsPlayer:
     def _bot(self, rng: np.random.Generator) -> Any:
         """A new one for each move: nothing but the seeds decides what it plays."""
         evaluator_seed, seed = (int(number) for number in rng.integers(SEEDS, size=2))
+        import pyspiel  # by now there is a game of it
+
         return pyspiel.MCTSBot(
             game=self.rules,
             evaluator=pyspiel.RandomRolloutEvaluator(1, evaluator_seed),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from distributed_muzero.algorithm.acting import Game, act
+from distributed_muzero.checkpoint import Checkpoint
 from distributed_muzero.config import Config
 from distributed_muzero.environments.base import Environment
 from distributed_muzero.networks.base import Networks
@@ -39,6 +40,10 @@ class PolicyModel:
         """Takes weights [P] of a newer version; an older or equal one is ignored, so versions never go back."""
         if version > self.version:
             self.load(version, weights)
+
+    def load_checkpoint(self, saved: Checkpoint) -> None:
+        """A checkpoint's weights. Raises CheckpointError if they are of other networks."""
+        self.load(saved.state["weights_version"], self.flat.vector_of(saved.tensors["weights"]))
 
     def load(self, version: int, weights: np.ndarray) -> None:
         """Takes these weights, whatever came before."""

@@ -20,13 +20,12 @@ from distributed_muzero.observability.exporter import Exporter
 from distributed_muzero.observability.metrics import evaluation_metrics
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.observability.recorder import Recorder
-from distributed_muzero.run_folder import FIRST_LAUNCH, Launch, RunFolder, now_text
+from distributed_muzero.run_folder import AT_WORK, FIRST_LAUNCH, Launch, RunFolder, now_text
 from distributed_muzero.workers.league import League
 from distributed_muzero.workers.run_copy import Copies, interval_seconds
 from distributed_muzero.workers.run_state import ActorReport, Crew, LearnerReport, RunState, Version
 
 TICK_SECONDS = 1.0
-AT_WORK = ("starting", "running")
 ROLES = ("actor", "learner", "replay_shard", "reanalyser", "evaluator", "run_control")  # that are restarted
 # Weights versions are written down as given before they are, so many at once; a kill leaves the rest unused.
 RESERVED_VERSIONS = 100

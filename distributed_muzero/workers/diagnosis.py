@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from distributed_muzero.algorithm.acting import Game, act
 from distributed_muzero.algorithm.returns import n_step_returns
 from distributed_muzero.algorithm.targets import Columns
 from distributed_muzero.checkpoint import Checkpoint
@@ -34,7 +33,7 @@ from distributed_muzero.workers.diagnosis_of_search import (
     search_roots,
     summarize_depths,
 )
-from distributed_muzero.workers.evaluator import SEED_STREAM
+from distributed_muzero.workers.evaluator import play_greedily
 
 BATCH_SIZE = 128  # positions in one search, or unrolled at once
 NUM_BINS = 10
@@ -42,8 +41,7 @@ NUM_BINS = 10
 
 def load_weights(networks: Networks, saved: Checkpoint) -> None:
     """Gives networks a checkpoint's weights, to be asked only. Raises CheckpointError if they are of others."""
-    model = PolicyModel(networks)
-    model.load(saved.state["weights_version"], model.flat.vector_of(saved.tensors["weights"]))
+    PolicyModel(networks).load_checkpoint(saved)
 
 
 def play(
@@ -55,27 +53,11 @@ def play(
     num_simulations: int | None = None,
 ) -> list[Episode]:
     """Greedy games without noise, the very ones that an Evaluator plays with these seeds."""
-    model = make_search_model(networks)
-    rng = np.random.default_rng([*seeds, SEED_STREAM])
     environments: list[Environment] = []
     try:
         while len(environments) < num_episodes:
             environments.append(make_env())
-        history = config.environment.history_length
-        games = [Game(env, history, int(rng.integers(2**31))) for env in environments]
-        playing = games
-        while playing:
-            act(
-                playing,
-                model,
-                config.search,
-                config.algorithm.discount,
-                0.0,
-                noise=False,
-                rng=rng,
-                num_simulations=num_simulations,
-            )
-            playing = [game for game in playing if not game.is_over]
+        games = play_greedily(environments, make_search_model(networks), config, seeds, num_simulations)
         return [game.episode(f"game {i}", config.environment.id, 0, 0.0) for i, game in enumerate(games)]
     finally:
         for env in environments:

@@ -12,6 +12,7 @@ from distributed_muzero.checkpoint import Checkpoint
 from distributed_muzero.config import Config
 from distributed_muzero.environments.base import Environment
 from distributed_muzero.networks.base import Networks
+from distributed_muzero.networks.inference import SearchModel
 from distributed_muzero.workers.actor import PolicyModel
 from distributed_muzero.workers.league import Rival
 
@@ -34,7 +35,7 @@ class Evaluator:
 
     def load(self, saved: Checkpoint) -> None:
         """A checkpoint's weights. Raises CheckpointError if they are of other networks."""
-        self.set_weights(saved.state["weights_version"], self.model.flat.vector_of(saved.tensors["weights"]))
+        self.model.load_checkpoint(saved)
 
     def assess(
         self, version: int, weights: np.ndarray, seeds: Sequence[int], rivals: Iterable[Rival] = ()
@@ -69,24 +70,10 @@ class Evaluator:
         num_simulations: in place of the config's. Two evaluations share their games only if they share their seeds.
         """
         assert self.model.search_model is not None, "set_weights() comes first"
-        rng = np.random.default_rng([*seeds, SEED_STREAM])
         while len(self._environments) < num_episodes:
             self._environments.append(self._make_env())
-        history = self.config.environment.history_length
-        games = [Game(env, history, int(rng.integers(2**31))) for env in self._environments[:num_episodes]]
-        playing = games
-        while playing:
-            act(
-                playing,
-                self.model.search_model,
-                self.config.search,
-                self.config.algorithm.discount,
-                0.0,
-                noise=False,
-                rng=rng,
-                num_simulations=num_simulations,
-            )
-            playing = [game for game in playing if not game.is_over]
+        environments = self._environments[:num_episodes]
+        games = play_greedily(environments, self.model.search_model, self.config, seeds, num_simulations)
         returns = [float(np.sum(game.rewards)) for game in games]
         return {
             "mean_return": float(np.mean(returns)),
@@ -99,3 +86,33 @@ class Evaluator:
     def close(self) -> None:
         for env in self._environments:
             env.close()
+
+
+def play_greedily(
+    environments: Sequence[Environment],
+    model: SearchModel,
+    config: Config,
+    seeds: Sequence[int],
+    num_simulations: int | None = None,
+) -> list[Game]:
+    """A whole game in each environment, all in lockstep, at temperature 0 and without noise; `seeds` say how they start.
+
+    num_simulations: in place of the config's.
+    """
+    rng = np.random.default_rng([*seeds, SEED_STREAM])
+    history = config.environment.history_length
+    games = [Game(env, history, int(rng.integers(2**31))) for env in environments]
+    playing = games
+    while playing:
+        act(
+            playing,
+            model,
+            config.search,
+            config.algorithm.discount,
+            0.0,
+            noise=False,
+            rng=rng,
+            num_simulations=num_simulations,
+        )
+        playing = [game for game in playing if not game.is_over]
+    return games

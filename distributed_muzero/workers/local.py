@@ -17,7 +17,7 @@ from distributed_muzero.workers.learner_group import DeviceLost
 from distributed_muzero.workers.outbox import Outbox
 from distributed_muzero.workers.reanalyser import Reanalyser
 from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
-from distributed_muzero.workers.run_state import Crew, Ending, ReanalyseReport
+from distributed_muzero.workers.run_state import STOPPED, Crew, Ending, ReanalyseReport
 
 MAX_LEARNER_STEPS_A_TURN = 32
 
@@ -59,7 +59,7 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
                     shard.flush()
             if stop_requested():
                 save(learner, book)
-                return Ending("a stop was asked for", True)
+                return STOPPED
             reason = book.state.stop_reason()
             if book.evaluation_is_due(learner.num_steps) or (reason and learner.num_steps):
                 evaluate(learner, evaluator, book)

@@ -99,10 +99,6 @@ def make_opponent(
     """
     if name == "random":
         return RandomPlayer()
-    from distributed_muzero.matches.rule_players import MctsPlayer, MinimaxPlayer
-    from distributed_muzero.matches.solver import rules_of, solve
+    from distributed_muzero.matches.rule_players import make_rule_player
 
-    rules = rules_of(make_env(), f"evaluator.opponent {name}")
-    if name == "minimax":
-        return MinimaxPlayer(solve(rules, max_positions))
-    return MctsPlayer(rules, int(name.removeprefix("mcts:")))
+    return make_rule_player(name, make_env(), f"evaluator.opponent {name}", max_positions)

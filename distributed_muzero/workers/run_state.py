@@ -62,6 +62,9 @@ class Ending(NamedTuple):
     was_stopped: bool = False  # by a person, before any limit of the run
 
 
+STOPPED = Ending("a stop was asked for", True)
+
+
 class Crew(NamedTuple):
     """Who is at work."""
 

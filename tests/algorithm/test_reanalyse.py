@@ -15,7 +15,7 @@ from distributed_muzero.networks.flat import FlatWeights
 from distributed_muzero.networks.inference import make_search_model
 from distributed_muzero.networks.registry import make_networks
 from tests.episodes import SPEC, make_episode
-from tests.games import Nim, Script, constant_functions, nim_networks
+from tests.games import Nim, Script, constant_functions, nim_networks, stirring_functions
 
 SEARCH = SearchConfig(num_simulations=12)
 LENGTHS = [1, 7, 4, 12, 3]
@@ -25,27 +25,8 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def history_functions():
-    """Functions that depend on every number of the history, its place in the stack, and every action."""
-
-    def stir(x):
-        return (x * 1.7 + 0.31).sin()
-
-    def h(o):
-        flat = o.flatten(1).double()
-        return sum(stir(flat[:, i : i + 1] * (i + 1)) for i in range(flat.shape[1]))
-
-    return (
-        h,
-        lambda s, a: stir(s[:, 0] + a),
-        lambda s, a: stir(s + 0.5 * a[:, None]),
-        lambda s: stir(2 * s[:, 0]),
-        lambda s: torch.cat([3 * stir(s * (i + 2)) for i in range(SPEC.num_actions)], 1),
-    )
-
-
 def history_model():
-    return make_search_model(FunctionNetworks(*history_functions()))
+    return make_search_model(FunctionNetworks(*stirring_functions(SPEC.num_actions)))
 
 
 def refreshed(episodes, model=None, **options):

@@ -12,7 +12,7 @@ from distributed_muzero.config import EnvironmentConfig
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.environments.registry import make_environment
 from distributed_muzero.errors import ContractError, EnvironmentFailure
-from distributed_muzero.matches.match import Tally, outcome, play_match, play_moves
+from distributed_muzero.matches.match import Tally, outcome, play_match
 from distributed_muzero.matches.players import RandomPlayer
 
 pytest.importorskip("pyspiel")
@@ -173,14 +173,14 @@ def test_the_first_move_is_the_movers_whatever_its_number():
 def test_an_outcome_is_seen_from_the_side_that_is_asked_for():
     game = Game(tic_tac_toe(), 1, 0)
     for action in (0, 3, 1, 4, 2):
-        play_moves([game], [action])
+        game.move(action)
     assert game.is_over and outcome(game, 0) == 1 and outcome(game, 1) == -1
 
 
 def test_an_outcome_is_the_difference_of_rewards():
     game = Game(Paying(), 1, 0)
     for _ in range(2):
-        play_moves([game], [0])
+        game.move(0)
     assert outcome(game, 0) == 1.5 and outcome(game, 1) == -1.5
     result = play_match(RandomPlayer(), RandomPlayer(), Paying, 6, np.random.default_rng(1))
     assert result.first == Tally(3, 0, 0) and result.second == Tally(0, 0, 3)

@@ -7,7 +7,7 @@ import pytest
 
 from distributed_muzero.algorithm.acting import Game
 from distributed_muzero.config import EnvironmentConfig
-from distributed_muzero.matches.match import Tally, play_match, play_moves
+from distributed_muzero.matches.match import Tally, play_match
 from distributed_muzero.matches.players import RandomPlayer
 
 pytest.importorskip("pyspiel")
@@ -52,7 +52,7 @@ def test_it_plays_all_that_is_optimal(perfect):
     game = Game(maker("tic_tac_toe")(), 1, 0)
     # X on 0 and 1, O on 3 and 4: X wins at once by 2; by 5 too, which keeps O from a row and makes two threats.
     for action in (0, 3, 1, 4):
-        play_moves([game], [action])
+        game.move(action)
     rng = np.random.default_rng(3)
     played = {perfect.choose([game], rng)[0] for _ in range(60)}
     assert played == set(perfect.solution.optimal_actions(game.env.state).tolist()) and 2 in played

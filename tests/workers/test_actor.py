@@ -117,19 +117,27 @@ def test_temperature_falls_with_the_learners_step():
     actor.close()
 
 
-def test_games_begin_after_random_moves_that_are_not_kept():
+def num_pieces(observation):
+    return int((observation[:2] != 0).sum())
+
+
+def games_from_openings(opening_plies, num_steps):
+    """A builder, the episodes, and how many of them begin with how many pieces on the board: a move each."""
     builder = make_builder(
         "openspiel:tic_tac_toe",
-        actor={"opening_plies": 4, "envs_per_actor": 8},
+        actor={"opening_plies": opening_plies, "envs_per_actor": 8},
         search={"num_simulations": 2},
     )
-    episodes = played(builder, 200)
-    starts = Counter(int((episode.observations[0][:2] != 0).sum()) for episode in episodes)
-    # As many moves are behind a game as pieces lie on the board; each number is as likely as the others.
+    episodes = played(builder, num_steps)
+    return builder, episodes, Counter(num_pieces(episode.observations[0]) for episode in episodes)
+
+
+def test_games_begin_after_random_moves_that_are_not_kept():
+    builder, episodes, starts = games_from_openings(4, 200)
     assert starts.keys() == {0, 1, 2, 3, 4} and min(starts.values()) > len(episodes) / 10
     for episode in episodes:
         validate(episode, builder.spec, 100)
-        num_played = int((episode.observations[0][:2] != 0).sum())
+        num_played = num_pieces(episode.observations[0])
         assert episode.to_play[0] == num_played % 2
         assert (episode.policies.sum(1) > 0.999).all()
         assert (
@@ -138,13 +146,7 @@ def test_games_begin_after_random_moves_that_are_not_kept():
 
 
 def test_an_opening_that_ends_its_game_is_drawn_again():
-    builder = make_builder(
-        "openspiel:tic_tac_toe",
-        actor={"opening_plies": 8, "envs_per_actor": 8},
-        search={"num_simulations": 2},
-    )
-    episodes = played(builder, 300)
-    starts = Counter(int((episode.observations[0][:2] != 0).sum()) for episode in episodes)
+    _, episodes, starts = games_from_openings(8, 300)
     assert starts.keys() == set(range(9))
     # Of the games that begin at the start, few come from openings that ended all ten times.
     assert starts[0] < 0.2 * len(episodes) and starts[8] > 0.05 * len(episodes)

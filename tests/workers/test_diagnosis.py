@@ -31,7 +31,7 @@ from distributed_muzero.workers.diagnosis_of_search import (
     summarize_depths,
 )
 from tests.episodes import make_episode
-from tests.games import Nim
+from tests.games import Nim, stirring_functions
 
 # Powers of two throughout, so that float32 holds every value and every mean of equal values exactly.
 CHAIN = ChainEnvironment(length=7, left_reward=0.25, right_reward=1.0)
@@ -251,25 +251,6 @@ def test_no_games_are_an_error():
 # Against a slow oracle -------------------------------------------------------------------------------------------
 
 
-def stirring_functions():
-    """Functions that depend on every number of the history, its place in the stack, and every action."""
-
-    def stir(x):
-        return (x * 1.7 + 0.31).sin()
-
-    def h(o):
-        flat = o.flatten(1).double()
-        return sum(stir(flat[:, i : i + 1] * (i + 1)) for i in range(flat.shape[1]))
-
-    return (
-        h,
-        lambda s, a: stir(s[:, 0] + a),
-        lambda s, a: stir(s + 0.5 * a[:, None]),
-        lambda s: stir(2 * s[:, 0]),
-        lambda s: torch.cat([3 * stir(s * (i + 2)) for i in range(3)], 1),
-    )
-
-
 def oracle(episodes, functions, history_length, discount, two_players, search, depth):
     """The rows by depth, one position at a time."""
     h, g_r, g_s, f_v, f_p = functions
@@ -340,7 +321,7 @@ def test_every_number_by_depth_equals_the_slow_oracles(two_players, policy):
             "search": {"num_simulations": 6, "policy": policy},
         }
     )
-    functions = stirring_functions()
+    functions = stirring_functions(3)
     result = diagnose(FunctionNetworks(*functions), episodes, config, 2 if two_players else 1)
     expected = oracle(episodes, functions, 3, 0.9, two_players, config.search, 4)
     assert len(result["depths"]) == 5

@@ -14,7 +14,6 @@ from distributed_muzero.algorithm.acting import Game
 from distributed_muzero.config import make_config
 from distributed_muzero.errors import CheckpointError, ConfigError, EnvironmentFailure
 from distributed_muzero.matches.elo import fit_rating
-from distributed_muzero.matches.match import play_moves
 from distributed_muzero.matches.solver import rules_of, solve
 from distributed_muzero.networks.flat import FlatWeights
 from distributed_muzero.run_folder import open_run
@@ -159,7 +158,7 @@ def weights_that_learnt_from_the_solution(builder):
             best[solution.optimal_actions(env.state)] = 1
             observations.append(game.history.copy())
             targets.append(best / best.sum())
-            play_moves([game], [rng.choice(np.flatnonzero(game.read_mask()))])
+            game.move(rng.choice(np.flatnonzero(game.read_mask())))
     networks = builder.networks()
     flat = FlatWeights(networks)
     optimizer = torch.optim.Adam([flat.vector], lr=5e-3)
