@@ -95,7 +95,7 @@ def play_greedily(
     seeds: Sequence[int],
     num_simulations: int | None = None,
 ) -> list[Game]:
-    """A whole game in each environment, all in lockstep, at temperature 0 and without noise; `seeds` say how they start.
+    """A game in each environment, all in lockstep, at temperature 0 and without noise; `seeds` say how they start.
 
     num_simulations: in place of the config's.
     """
