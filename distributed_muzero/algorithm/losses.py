@@ -45,27 +45,23 @@ def unroll_losses(
     r_t^k is learnt from u_{t+k−1}. Only the transition is sequential: every head sees all its steps in one call.
     """
     num_rows, num_unroll_steps = len(observations), actions.shape[1] - 1
-    embeddings = [networks.representation(observations)]
-    inputs: list[Tensor] = []
-    for k in range(num_unroll_steps):
-        inputs.append(scale_gradient(embeddings[-1], DYNAMICS_GRADIENT_SCALE))
-        embeddings.append(networks.transition(inputs[-1], actions[:, k]))
-    everything = torch.cat(embeddings)  # rows of k = 0, then k = 1, …
-
+    with torch.autocast(
+        observations.device.type, networks.compute_dtype, enabled=networks.compute_dtype != torch.float32
+    ):
+        outputs = unroll(networks, observations, actions)
+    value_output, logits, reward_output = (output.to(target_returns.dtype) for output in outputs)
     scale = torch.ones(num_unroll_steps + 1, 1, dtype=target_returns.dtype, device=target_returns.device)
     scale[1:] /= max(num_unroll_steps, 1)
 
     def by_row(loss: Tensor, scale: Tensor) -> Tensor:
         return (loss.view(-1, num_rows) * scale).sum(0)
 
-    value_output = networks.value_output(everything)
     value = by_row(networks.value_head.loss(value_output, flat(target_returns)), scale)
     with torch.no_grad():
         value_errors = (networks.value_head.decode(value_output[:num_rows]) - target_returns[:, 0]).abs()
-    policy = by_row(cross_entropy(networks.policy(everything), flat(target_policies)), scale)
+    policy = by_row(cross_entropy(logits, flat(target_policies)), scale)
     if num_unroll_steps:
-        output = networks.reward_output(torch.cat(inputs), flat(actions[:, :-1]), everything[num_rows:])
-        reward = by_row(networks.reward_head.loss(output, flat(target_rewards[:, :-1])), scale[1:])
+        reward = by_row(networks.reward_head.loss(reward_output, flat(target_rewards[:, :-1])), scale[1:])
     else:
         reward = torch.zeros_like(value)
     return Losses(
@@ -75,6 +71,24 @@ def unroll_losses(
         policy,
         value_errors,
     )
+
+
+def unroll(networks: Networks, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the heads give along the actions: values and policies of k = 0…K, [(K+1)·M, …], rewards of k = 1…K.
+
+    Rows of one k lie together, as `flat` orders targets.
+    """
+    embeddings = [networks.representation(observations)]
+    inputs: list[Tensor] = []
+    for k in range(actions.shape[1] - 1):
+        inputs.append(scale_gradient(embeddings[-1], DYNAMICS_GRADIENT_SCALE))
+        embeddings.append(networks.transition(inputs[-1], actions[:, k]))
+    everything = torch.cat(embeddings)
+    reward_output = everything.new_empty(0)
+    if inputs:
+        following = everything[len(observations) :]
+        reward_output = networks.reward_output(torch.cat(inputs), flat(actions[:, :-1]), following)
+    return networks.value_output(everything), networks.policy(everything), reward_output
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +20,7 @@ from distributed_muzero.config import Config, make_config, parse_overrides
 from distributed_muzero.errors import DistributedMuZeroError, RunError, RunIsOver, first_line
 
 if TYPE_CHECKING:
+    from distributed_muzero.environments.base import EnvironmentSpec
     from distributed_muzero.run_folder import RunFolder
     from distributed_muzero.workers.bookkeeper import Bookkeeper
     from distributed_muzero.workers.run_copy import Copies
@@ -122,7 +123,9 @@ def resume(
     changed = options.given_only(changes)
 
     def change(config: Config) -> Config:
-        return make_config(config.model_dump(), changed, parse_overrides(set_ or []))
+        config = make_config(config.model_dump(), changed, parse_overrides(set_ or []))
+        check_parts(config)
+        return config
 
     train_in(opened(run, runs_dir, tell, take_over, change, check_can_begin), change, in_process)
 
@@ -186,23 +189,15 @@ def run_training(
     keeps_shards: bool = False,
 ) -> None:
     """Makes the run, or goes on with it if it `may_exist`, fills it with the datasets' episodes, and trains."""
-    from distributed_muzero.environments.registry import make_environment
-    from distributed_muzero.networks.registry import check_name
     from distributed_muzero.observability.exporter import check_port
     from distributed_muzero.replay.dataset import check_datasets
     from distributed_muzero.workers.layout import with_shards
     from distributed_muzero.workers.runs import created, names_in, opened
 
     # What can't be made must not leave a run's folder behind.
-    check_name(config.network.name)
-    environment = make_environment(config.environment)
-    environment.close()
-    if config.evaluator.opponent != "random":
-        from distributed_muzero.workers.match_evaluator import make_opponent
-
-        make_opponent(config.evaluator.opponent, partial(make_environment, config.environment))
+    spec = check_parts(config)
     check_port(config.metrics)
-    check_datasets([dataset_path(dataset) for dataset in datasets], environment.spec)
+    check_datasets([dataset_path(dataset) for dataset in datasets], spec)
 
     def change(stored: Config) -> Config:
         return with_shards(config, stored.replay.num_shards) if keeps_shards else config
@@ -212,6 +207,21 @@ def run_training(
     else:
         run = created(runs_dir, name, config)
     train_in(run, change, in_process, datasets)
+
+
+def check_parts(config: Config) -> EnvironmentSpec:
+    """Makes the environment, the networks and the opponent once. Raises ConfigError and EnvironmentFailure."""
+    from distributed_muzero.networks.registry import check_name
+    from distributed_muzero.workers.builder import Builder
+
+    check_name(config.network.name)  # at once
+    builder = Builder(config, "")
+    builder.networks()
+    if config.evaluator.opponent != "random":
+        from distributed_muzero.workers.match_evaluator import make_opponent
+
+        make_opponent(config.evaluator.opponent, builder.environment)
+    return builder.spec
 
 
 def train_in(

@@ -374,12 +374,10 @@ class Driver:
         path = self.book.write_checkpoint(arrays, state)
         self._state_is_asked = False
         if self._evaluates_now():
-            self._is_evaluating = True
-            on_result = partial(self._on_evaluation, path, state["learner_steps"])
-            self._call(self.evaluator, self._evaluate(state, weights), on_result, EVALUATION_TIMEOUT_SECONDS)
+            self._evaluate(path, state, weights)
 
-    def _evaluate(self, state: dict[str, Any], weights: Any) -> Any:
-        """The call for an evaluation of a checkpoint that was just written."""
+    def _evaluate(self, path: Path, state: dict[str, Any], weights: Any) -> None:
+        """Asks for an evaluation of a checkpoint that was just written."""
         steps = state["learner_steps"]
         if self.evaluator.handle is None:  # its start would have slowed down that of the others
             self.evaluator.start()
@@ -388,8 +386,12 @@ class Driver:
         # Arguments of their own, for the evaluator to find them in the store; they go when the call is over.
         rivals = [(rival.member, ray.put(rival.weights)) for rival in self.book.league.rivals(steps)]
         members, theirs = [member for member, _ in rivals], [weights for _, weights in rivals]
-        return self.evaluator.handle.evaluate.remote(
+        call = self.evaluator.handle.evaluate.remote(
             state["weights_version"], weights, seeds, members, *theirs
+        )
+        self._is_evaluating = True
+        self._call(
+            self.evaluator, call, partial(self._on_evaluation, path, steps), EVALUATION_TIMEOUT_SECONDS
         )
 
     def _on_evaluation(self, path: Path, steps: int, result: dict[str, Any]) -> None:
@@ -576,10 +578,17 @@ class Driver:
         (arrays, state), weights = last_state(self.learner.handle, deadline)
         self.book.add_learner_report(LearnerReport(state["learner_steps"], state["weights_version"]))
         path = self.book.write_checkpoint(arrays, state)
-        if evaluate:  # it may turn out to be the best
-            call = self._evaluate(state, weights)
-            if result := last_evaluation(call, self.stop_requested, self.book.progress.message):
-                self.book.add_evaluation(result, path, state["learner_steps"])
+        if evaluate:  # it may turn out to be the best, and so may one whose games still go on
+            self._finish_evaluation()
+            self._evaluate(path, state, weights)
+            self._finish_evaluation()
+
+    def _finish_evaluation(self) -> None:
+        for call in self.calls.of(self.evaluator):
+            asked = self.calls.pop(call)
+            result = last_evaluation(call, self.stop_requested, self.book.progress.message)
+            if asked and result:
+                asked.on_result(result)
 
 
 def last_to_keep(actors: list[Role]) -> Role:

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from distributed_muzero.errors import RunError
+from distributed_muzero.errors import RunError, first_line
 
 EVALUATION_SECONDS = 120.0
 
@@ -50,10 +50,10 @@ def last_evaluation(
     deadline = time.monotonic() + EVALUATION_SECONDS
     while not ray.wait([call], timeout=0.2)[0]:
         if stop_requested() or time.monotonic() > deadline:
-            tell("the last checkpoint was not evaluated")
+            tell("the last evaluation is not waited for")
             return None
     try:
         return ray.get(call)
     except RayError as error:
-        tell(f"the last checkpoint could not be evaluated: {error}")
+        tell(f"the last evaluation failed: {first_line(error)}")
         return None

@@ -14,6 +14,17 @@ def choose_device(name: str, setting: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of the learner's arithmetic; `auto` takes bfloat16 where the device has instructions for it."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # elsewhere a CPU computes in it by way of float32, many times slower
+        is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if is_native else torch.float32
+
+
 def choose_devices(name: str, setting: str, number: int) -> list[torch.device]:
     """One for each of `number` processes of a machine: the first GPUs that torch sees, or the CPU for all.
 

@@ -23,4 +23,5 @@ class SearchModel(Protocol):
 
 def make_search_model(networks: Networks) -> SearchModel:
     """A torch-free snapshot where the networks offer one and live on a CPU, else the networks themselves."""
-    return networks.numpy_inference() or TorchInference(networks)
+    on_cpu = all(parameter.device.type == "cpu" for parameter in networks.parameters())
+    return (on_cpu and networks.numpy_inference()) or TorchInference(networks)

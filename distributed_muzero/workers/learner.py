@@ -18,7 +18,7 @@ from distributed_muzero.algorithm.training import add_row_gradients, training_st
 from distributed_muzero.config import LearnerConfig
 from distributed_muzero.errors import CheckpointError, ConfigError, NonFiniteError
 from distributed_muzero.networks.base import Networks
-from distributed_muzero.networks.device import choose_devices
+from distributed_muzero.networks.device import choose_devices, choose_dtype
 from distributed_muzero.networks.flat import FlatWeights, packed
 from distributed_muzero.replay.schema import Priorities
 from distributed_muzero.types import Batch
@@ -54,6 +54,7 @@ class Learner:
         self.device = devices[0]
         torch.set_num_threads(config.num_threads)
         self.networks = networks.to(self.device).train()
+        self.networks.compute_dtype = choose_dtype(config.compute_dtype, self.device)
         self.flat = FlatWeights(self.networks)
         self.optimizer = torch.optim.AdamW(
             [self.flat.vector], lr=config.learning_rate, weight_decay=config.weight_decay, fused=True

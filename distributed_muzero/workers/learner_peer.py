@@ -27,6 +27,7 @@ from distributed_muzero.algorithm.losses import LossWeights
 from distributed_muzero.config import LearnerConfig, NetworkConfig
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import DistributedMuZeroError
+from distributed_muzero.networks.device import choose_dtype
 from distributed_muzero.networks.flat import FlatWeights
 from distributed_muzero.networks.registry import make_networks
 from distributed_muzero.workers.data_parallel import LOCALHOST, DataParallel, GroupBroken
@@ -109,6 +110,7 @@ def serve(order: Order, store: dist.Store, lines: queue.Queue[str]) -> None:
     networks = make_networks(spec_from_json(order.spec), order.history_length, order.network)
     networks = networks.to(device).train()
     config, flat = order.learner, FlatWeights(networks)
+    networks.compute_dtype = choose_dtype(config.compute_dtype, device)
     weights = LossWeights(config.value_weight, config.reward_weight, config.policy_weight)
     group = DataParallel(order.rank, order.size, networks, flat, device, weights)
     store.set(here(order.rank), "")

@@ -13,7 +13,6 @@ from distributed_muzero.networks.base import Networks
 from distributed_muzero.networks.device import choose_device
 from distributed_muzero.networks.flat import FlatWeights
 from distributed_muzero.networks.inference import SearchModel, make_search_model
-from distributed_muzero.networks.torch_inference import TorchInference
 from distributed_muzero.replay.schema import StoredEpisode, Targets
 from distributed_muzero.workers.run_state import ReanalyseReport
 
@@ -52,9 +51,7 @@ class Reanalyser:
             return
         self._flat.write(weights)
         self._networks.eval()
-        # A torch-free snapshot computes on the CPU, wherever its networks are.
-        on_cpu = self.device.type == "cpu"
-        self.search_model = make_search_model(self._networks) if on_cpu else TorchInference(self._networks)
+        self.search_model = make_search_model(self._networks)
         self.version = version
 
     def work(

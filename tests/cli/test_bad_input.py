@@ -31,6 +31,7 @@ MISTAKES = {
     "missing config file": (("train", "--config", "nowhere.yaml"), "nowhere.yaml"),
     "continuous actions": (("train", "--env", "Pendulum-v1"), "Pendulum-v1"),
     "unknown networks": (("train", *TINY, "--set", "network.name=transformer"), "mlp"),
+    "networks for other observations": (("train", *TINY, "--set", "network.name=resnet"), "planes"),
     "unknown run": (("evaluate", "no-such-run"), "no-such-run"),
     "no simulations": (
         ("train", "--preset", "debug", "--set", "search.num_simulations=0"),
@@ -189,6 +190,19 @@ def test_a_run_that_is_over_says_which_limit_and_changes_nothing(tmp_path):
     assert again.returncode == 0 and "nothing is left to do" in again.stdout
     assert sorted(path for path in (tmp_path / "r").rglob("*") if path.is_file()) == files
     assert [path.read_bytes() for path in files] == before
+
+
+def test_a_resume_with_what_cannot_be_made_changes_nothing(tmp_path):
+    options = ("--runs-dir", tmp_path)
+    game = ("--env", "openspiel:tic_tac_toe", "--set", "search.num_simulations=2")
+    done = processes.run("train", *game, "--in-process", "--max-train-steps", "1", *options, "--name", "r")
+    assert done.returncode == 0, done.stderr
+    before = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()}
+    game = "environment.id=openspiel:connect_four"
+    for change, expected in (("evaluator.opponent=minimax", "minimax"), ("network.name=trasnet", "mlp")):
+        done = processes.run("resume", "r", *options, "--set", change, "--set", game, "--in-process")
+        assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file()} == before
 
 
 def test_a_folder_without_config_says_where_its_settings_are(tmp_path):

@@ -99,6 +99,12 @@ def test_inference_without_torch_gives_the_answers_of_the_module(
         assert ours.prior_logits.shape == (batch, networks.num_actions)
 
 
+def test_networks_elsewhere_than_on_a_cpu_are_asked_where_they_are():
+    assert isinstance(make_search_model(make_resnet()), ResNetInference)
+    model = make_search_model(make_resnet().to("meta"))
+    assert isinstance(model, TorchInference) and model.device.type == "meta"
+
+
 def test_parameter_count_by_hand():
     """Tic-tac-toe, history 2, 16 channels, 1 block, heads of 32, 5 bins:
     h  (6 + 2·16)·16·9 = 5472, its three norms 3·2·16 = 96;  g_s  (17 + 2·16)·16·9 = 7056, norms 96, actions 9·9 = 81;

@@ -11,7 +11,7 @@ from distributed_muzero.checkpoint import read_checkpoint
 from distributed_muzero.config import LearnerConfig, make_config
 from distributed_muzero.environments.chain import make_chain, solve
 from distributed_muzero.errors import CheckpointError, ConfigError, NonFiniteError
-from distributed_muzero.networks.device import choose_device
+from distributed_muzero.networks.device import choose_device, choose_dtype
 from distributed_muzero.workers.builder import Builder
 from distributed_muzero.workers.learner import Learner, learning_rate
 from distributed_muzero.workers.local import no_sleep, ready_batches
@@ -265,6 +265,34 @@ def test_learning_from_one_batch_lowers_its_loss():
     (batch,) = make_batches(builder, 1)
     losses = [learner.step(batch)["train/loss"] for _ in range(60)]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_arithmetic_in_bfloat16_gives_nearly_the_same_losses_and_gradients_to_float32_weights():
+    exact = make_builder().learner()
+    coarse = make_builder(learner={"compute_dtype": "bfloat16"}).learner()
+    (batch,) = make_batches(make_builder(), 1)
+    # From where the first steps left one of them: heads of zeros would say the same in any arithmetic.
+    for _ in range(20):
+        exact.step(batch)
+    coarse.flat.write(exact.flat.read())
+    metrics, about = exact.step(batch), coarse.step(batch)
+    assert metrics["train/loss"] != about["train/loss"] == pytest.approx(metrics["train/loss"], rel=0.02)
+    gradients = [learner.flat.vector.grad for learner in (exact, coarse)]
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+    assert coarse.flat.vector.dtype == coarse.average.dtype == torch.float32
+
+
+def test_auto_takes_bfloat16_only_where_the_device_has_instructions_for_it(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert choose_dtype("float32", cpu) == torch.float32
+    assert choose_dtype("bfloat16", cpu) == torch.bfloat16
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: including_emulation)
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda supported=supported: supported)
+        assert choose_dtype("auto", cpu) == dtype
+    assert choose_dtype("auto", gpu) == torch.float32
 
 
 def test_read_only_batches_are_learnt_from_without_being_written_to():
