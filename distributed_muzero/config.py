@@ -199,8 +199,8 @@ class LearnerConfig(Section):
     weights_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     num_threads: Positive = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # of convolutions and matrix products; weights, losses and the optimizer stay in float32. auto takes bfloat16 where
-    # the device computes in it faster
+    # of the layers, by torch's autocast; weights, losses and the optimizer stay in float32. auto: bfloat16 where the
+    # device has instructions for it, which is faster for convolutions, not for small perceptrons
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     # of one machine that share each batch, a process each: GPUs, or processes of num_threads on the CPU
     num_devices: Positive = 1

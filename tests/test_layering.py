@@ -91,6 +91,15 @@ def test_a_replay_shard_loads_no_torch():
     assert not {"torch", "numba"} & loaded
 
 
+def test_a_driver_loads_no_torch():
+    """Of the command line too, which stays as the driver's process."""
+    statement = (
+        "from distributed_muzero.cluster import driver, session; from distributed_muzero.cli.train import check_parts;"
+        " from distributed_muzero.config import Config; check_parts(Config())"
+    )
+    assert "torch" not in loaded_by(statement)
+
+
 def test_the_package_alone_loads_nothing_heavy():
     assert not {"torch", "ray", "numpy", "numba"} & loaded_by("import distributed_muzero")
 

@@ -45,11 +45,12 @@ def unroll_losses(
     r_t^k is learnt from u_{t+k−1}. Only the transition is sequential: every head sees all its steps in one call.
     """
     num_rows, num_unroll_steps = len(observations), actions.shape[1] - 1
-    with torch.autocast(
-        observations.device.type, networks.compute_dtype, enabled=networks.compute_dtype != torch.float32
-    ):
-        outputs = unroll(networks, observations, actions)
-    value_output, logits, reward_output = (output.to(target_returns.dtype) for output in outputs)
+    if networks.compute_dtype == torch.float32:
+        value_output, logits, reward_output = unroll(networks, observations, actions)
+    else:
+        with torch.autocast(observations.device.type, networks.compute_dtype):
+            outputs = unroll(networks, observations, actions)
+        value_output, logits, reward_output = (output.float() for output in outputs)
     scale = torch.ones(num_unroll_steps + 1, 1, dtype=target_returns.dtype, device=target_returns.device)
     scale[1:] /= max(num_unroll_steps, 1)
 

@@ -123,11 +123,10 @@ def resume(
     changed = options.given_only(changes)
 
     def change(config: Config) -> Config:
-        config = make_config(config.model_dump(), changed, parse_overrides(set_ or []))
-        check_parts(config)
-        return config
+        return make_config(config.model_dump(), changed, parse_overrides(set_ or []))
 
-    train_in(opened(run, runs_dir, tell, take_over, change, check_can_begin), change, in_process)
+    run_to_open = opened(run, runs_dir, tell, take_over, change, check_can_begin)
+    train_in(run_to_open, change, in_process, check=check_parts)
 
 
 def check_place(runs_dir: str) -> None:
@@ -210,13 +209,13 @@ def run_training(
 
 
 def check_parts(config: Config) -> EnvironmentSpec:
-    """Makes the environment, the networks and the opponent once. Raises ConfigError and EnvironmentFailure."""
-    from distributed_muzero.networks.registry import check_name
+    """That the environment, networks and opponent of a run can be made. Raises ConfigError and EnvironmentFailure."""
+    from distributed_muzero.networks.registry import check_name, check_observations
     from distributed_muzero.workers.builder import Builder
 
-    check_name(config.network.name)  # at once
+    check_name(config.network.name)
     builder = Builder(config, "")
-    builder.networks()
+    check_observations(config.network.name, builder.spec)
     if config.evaluator.opponent != "random":
         from distributed_muzero.workers.match_evaluator import make_opponent
 
@@ -229,10 +228,11 @@ def train_in(
     change: Callable[[Config], Config],
     in_process: bool,
     datasets: Sequence[Path | str] = (),
+    check: Callable[[Config], object] = lambda config: None,
 ) -> None:
     """Trains a run from where it stands, evaluates what did best, and says where everything lies.
 
-    change: from the run's config to the one that it goes on with.
+    change: from the run's config to the one that it goes on with.   check: of that, before anything is changed.
     """
     from distributed_muzero.cli.evaluate import evaluate_run, print_result
     from distributed_muzero.observability.exporter import serve_metrics
@@ -249,6 +249,8 @@ def train_in(
         stop = stack.enter_context(stop_on_signal(progress))
         folder = folder.with_config(config)
         check_not_over(folder.name, why_over(folder))
+        if copies is None:  # else `check_can_begin` has done so
+            check(config)
         exporter = stack.enter_context(serve_metrics(folder))
         with starting(folder, copies):
             if copies is None:
@@ -286,12 +288,13 @@ def train_in(
 
 
 def check_can_begin(folder: RunFolder, counts: Mapping[str, Any]) -> None:
-    """Before a run at a URI is taken over. Raises RunError if its metrics can't be served, RunIsOver if it is over."""
+    """Before a run at a URI is taken over. Raises RunIsOver, RunError for a port in use, and as `check_parts` does."""
     from distributed_muzero.observability.exporter import check_port
     from distributed_muzero.workers.bookkeeper import why_over_by
 
     check_port(folder.config.metrics)
     check_not_over(folder.name, why_over_by(folder.config.run, counts))
+    check_parts(folder.config)
 
 
 def check_not_over(run: str, reason: str | None) -> None:

@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from distributed_muzero import checkpoint
-from distributed_muzero.cluster.ending import ask_all, last_evaluation, last_state
+from distributed_muzero.cluster.ending import ask_all, is_answered, last_state
 from distributed_muzero.cluster.makers import Makers, make_control
 from distributed_muzero.cluster.roles import Calls, Role
 from distributed_muzero.cluster.run_control import Desired
@@ -39,6 +39,7 @@ REANALYSE_SECONDS = 0.5
 TRAIN_SECONDS = 1.0  # at most; a call ends when the next weights version is due
 LEARNER_CALLS_IN_FLIGHT = 2  # so that the learner never waits for the driver
 CALL_TIMEOUT_SECONDS = 120.0  # also covers what a process makes at its first call
+LAST_EVALUATIONS_SECONDS = 120.0
 EVALUATION_TIMEOUT_SECONDS = 3600.0  # games may be long, and a slow evaluation holds nobody up
 EXCHANGE_SECONDS = 0.5
 STOP_DRAIN_SECONDS = 6.0  # for the actors' last games when the run ends
@@ -555,11 +556,14 @@ class Driver:
         self.shard_stats.update(ask_all("replay shards", flushes, third, tell))
         self.book.take_shards(self._stats_of_shards())
         copies = [role.handle.last_push.remote() for role in self.shards] if self.book.copies else []
+        last = None
         try:
             # Else it may not even have started, or hold random weights; all that was learnt is in the checkpoints.
             if self._learner_has_begun and self._steps:
-                self._write_last_checkpoint(deadline, evaluate)
+                last = self._write_last_checkpoint(deadline)
         finally:
+            if evaluate:
+                self._finish_evaluations(last)
             pushed = ask_all("replay shards", copies, LAST_PUSH_SECONDS, tell)
             for failure in filter(None, pushed.values()):
                 tell(f"the last copy of a replay shard is not whole: {failure}")
@@ -574,21 +578,39 @@ class Driver:
                 if isinstance(report, ActorReport):
                     self.book.add_actor_report(report)
 
-    def _write_last_checkpoint(self, deadline: float, evaluate: bool) -> None:
+    def _write_last_checkpoint(self, deadline: float) -> tuple[Path, dict[str, Any], Any]:
+        """Its path, the learner's state, the published weights. Raises RunError."""
         (arrays, state), weights = last_state(self.learner.handle, deadline)
         self.book.add_learner_report(LearnerReport(state["learner_steps"], state["weights_version"]))
-        path = self.book.write_checkpoint(arrays, state)
-        if evaluate:  # it may turn out to be the best, and so may one whose games still go on
-            self._finish_evaluation()
-            self._evaluate(path, state, weights)
-            self._finish_evaluation()
+        return self.book.write_checkpoint(arrays, state), state, weights
 
-    def _finish_evaluation(self) -> None:
-        for call in self.calls.of(self.evaluator):
-            asked = self.calls.pop(call)
-            result = last_evaluation(call, self.stop_requested, self.book.progress.message)
-            if asked and result:
-                asked.on_result(result)
+    def _finish_evaluations(self, last: tuple[Path, dict[str, Any], Any] | None) -> None:
+        """Of the checkpoint whose games still go on, and of the last one: either may turn out to be the best."""
+        deadline = time.monotonic() + LAST_EVALUATIONS_SECONDS
+        is_over = self._await_evaluation(deadline)
+        if is_over and last and last[1]["learner_steps"] > self.book.evaluated_step:
+            self._evaluate(*last)
+            is_over = self._await_evaluation(deadline)
+        if not is_over:
+            self.book.progress.message("the last evaluation is not waited for")
+
+    def _await_evaluation(self, deadline: float) -> bool:
+        """Takes the evaluation that goes on, if one does. False if it goes on still."""
+        for reference in self.calls.of(self.evaluator):
+            if not is_answered(reference, deadline, self.stop_requested):
+                return False
+            call = self.calls.pop(reference)
+            assert call is not None
+            try:
+                result = ray.get(reference, timeout=CALL_TIMEOUT_SECONDS)
+            except RayError as error:
+                cause = error.cause if isinstance(error, RayTaskError) else error
+                self.book.progress.message(f"an evaluation failed: {first_line(cause)}")
+                self._kill(self.evaluator)
+                self.evaluator.handle = None
+            else:
+                call.on_result(result)
+        return True
 
 
 def last_to_keep(actors: list[Role]) -> Role:

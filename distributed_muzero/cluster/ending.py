@@ -10,9 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from distributed_muzero.errors import RunError, first_line
-
-EVALUATION_SECONDS = 120.0
+from distributed_muzero.errors import RunError
 
 
 def ask_all(
@@ -43,17 +41,9 @@ def last_state(learner: Any, deadline: float) -> Any:
         ) from None
 
 
-def last_evaluation(
-    call: Any, stop_requested: Callable[[], bool], tell: Callable[[str], None]
-) -> dict[str, Any] | None:
-    """The result; None if it takes too long, fails, or somebody doesn't want to wait for it."""
-    deadline = time.monotonic() + EVALUATION_SECONDS
+def is_answered(call: Any, deadline: float, stop_requested: Callable[[], bool]) -> bool:
+    """Waits for a call. False if it has no answer by the deadline (monotonic seconds), or a stop is asked for."""
     while not ray.wait([call], timeout=0.2)[0]:
         if stop_requested() or time.monotonic() > deadline:
-            tell("the last evaluation is not waited for")
-            return None
-    try:
-        return ray.get(call)
-    except RayError as error:
-        tell(f"the last evaluation failed: {first_line(error)}")
-        return None
+            return False
+    return True

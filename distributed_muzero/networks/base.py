@@ -27,7 +27,7 @@ class Networks(nn.Module):
     The `*_output` functions give what a head computes before it is decoded (logits for a categorical head).
     """
 
-    compute_dtype: torch.dtype = torch.float32  # of convolutions and matrix products while they learn
+    compute_dtype: torch.dtype = torch.float32  # of the layers while they learn
     value_head: ScalarOutput | CategoricalOutput = ScalarOutput()
     reward_head: ScalarOutput | CategoricalOutput = ScalarOutput()
 

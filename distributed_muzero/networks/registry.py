@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from distributed_muzero.config import NetworkConfig
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import ConfigError
+from distributed_muzero.networks.planes import plane_shape
 
 if TYPE_CHECKING:
     from distributed_muzero.networks.base import Networks
@@ -42,6 +43,12 @@ def check_name(name: str) -> None:
     """Raises ConfigError if there are no networks of that name."""
     if name not in network_names():
         raise ConfigError(f"no networks {name!r}; registered: {', '.join(network_names())}")
+
+
+def check_observations(name: str, spec: EnvironmentSpec) -> None:
+    """Raises ConfigError if our own networks of that name can't read what an environment shows."""
+    if name == "resnet":
+        plane_shape(spec)
 
 
 def make_networks(

@@ -11,10 +11,10 @@ from torch.nn import functional
 from distributed_muzero.algorithm.value_transform import CategoricalOutput
 from distributed_muzero.config import NetworkConfig
 from distributed_muzero.environments.base import EnvironmentSpec
-from distributed_muzero.errors import ConfigError
 from distributed_muzero.networks.base import Networks
 from distributed_muzero.networks.mlp import min_max_normalize, perceptron
 from distributed_muzero.networks.normalizer import ObservationNormalizer
+from distributed_muzero.networks.planes import plane_shape
 from distributed_muzero.networks.resnet_inference import ResNetInference
 
 HEAD_CHANNELS = 16  # planes that a head reduces the embedding to
@@ -122,18 +122,6 @@ class Tower(nn.Module):
 def normalize_rows(embeddings: Tensor) -> Tensor:
     """Min-max normalisation of each row [C, H, W] as a whole."""
     return min_max_normalize(embeddings.flatten(1)).view(embeddings.shape)
-
-
-def plane_shape(spec: EnvironmentSpec) -> tuple[int, int, int]:
-    """(C, H, W) of one observation. Raises ConfigError unless it has rank 2 or 3 and isn't empty."""
-    shape = spec.observation_shape
-    if len(shape) not in (2, 3) or not all(shape):
-        raise ConfigError(
-            f"networks 'resnet' read planes, observations of shape [C, H, W] or [H, W]; those of {spec.id} have "
-            f"the shape {list(shape)}. Set network.name to mlp, which takes any shape"
-        )
-    num_planes, height, width = shape if len(shape) == 3 else (1, *shape)
-    return num_planes, height, width
 
 
 def make_action_planes(num_actions: int, height: int, width: int) -> Tensor:

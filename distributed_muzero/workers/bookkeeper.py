@@ -111,7 +111,9 @@ class Bookkeeper:
         self._recorder = Recorder(folder)
         self._next_tick = clock() + TICK_SECONDS
         self._last_evaluation = self._last_checkpoint = clock()
-        self._evaluated_step = self._saved_step = 0
+        self.evaluated_step = self._saved_step = (
+            0  # learner steps of the newest checkpoint that was, or is being
+        )
         self._best_return = -np.inf
         self._shown_rejections: set[str] = set()
         self._told_losses = dict.fromkeys(LOSSES, 0)
@@ -165,7 +167,7 @@ class Bookkeeper:
 
     def _go_on(self) -> None:
         stand = read_stand(self.folder, self.progress.message)
-        self._evaluated_step = self._saved_step = stand.learner_steps
+        self.evaluated_step = self._saved_step = stand.learner_steps
         self.state.restore(*stand)
         best = best_so_far(self.folder)
         if best is not None:
@@ -265,7 +267,7 @@ class Bookkeeper:
     def evaluation_is_due(self, learner_steps: int) -> bool:
         """Whether the pause is over and there is something new to evaluate."""
         waited = self._clock() - self._last_evaluation >= self.config.evaluator.interval_seconds
-        return waited and learner_steps > self._evaluated_step
+        return waited and learner_steps > self.evaluated_step
 
     def checkpoint_is_due(self, learner_steps: int) -> bool:
         """Whether too much would be lost with the learner."""
@@ -293,13 +295,13 @@ class Bookkeeper:
         self._last_checkpoint = self._clock()
         self._checkpoint_seconds = self._last_checkpoint - began
         # The one that is being evaluated may turn out to be the best.
-        spared = {self._evaluated_step, *self.league.steps}
+        spared = {self.evaluated_step, *self.league.steps}
         checkpoint.prune_checkpoints(self.folder.checkpoints, self.config.learner.keep_checkpoints, spared)
         return path
 
     def begin_evaluation(self, learner_steps: int) -> None:
         """The checkpoint of so many steps is being evaluated from now on."""
-        self._last_evaluation, self._evaluated_step = self._clock(), learner_steps
+        self._last_evaluation, self.evaluated_step = self._clock(), learner_steps
 
     def add_evaluation(self, result: Mapping[str, Any], path: Path, learner_steps: int) -> None:
         """Records an evaluation of the checkpoint at `path`; the best one so far is kept from pruning.

@@ -61,7 +61,8 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
                 save(learner, book)
                 return STOPPED
             reason = book.state.stop_reason()
-            if book.evaluation_is_due(learner.num_steps) or (reason and learner.num_steps):
+            is_last = reason and learner.num_steps > book.evaluated_step
+            if is_last or book.evaluation_is_due(learner.num_steps):
                 evaluate(learner, evaluator, book)
                 reason = reason or book.state.stop_reason()
             elif book.checkpoint_is_due(learner.num_steps):

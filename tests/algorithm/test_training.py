@@ -140,6 +140,19 @@ def test_an_optimizer_decides_what_is_learnt():
     assert not torch.equal(networks.heads["value"].weight, before.heads["value"].weight)
 
 
+def test_the_callers_own_mixed_precision_is_left_alone():
+    net = model()
+    seen = []
+
+    def h(o):
+        seen.append(net.h(o).dtype)
+        return net.h(o)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        training(*data(), h, *net.functions[1:])
+    assert seen == [torch.bfloat16]
+
+
 def test_clipping_looks_at_the_gradients_of_this_call_alone():
     """Parameters outside the given optimizer gather gradients for ever; they mustn't shrink what is learnt."""
     fresh, old = model(), model()

@@ -60,6 +60,28 @@ def test_a_run_ends_at_its_limit_and_leaves_everything_behind(tmp_path):
     assert all(evaluation["episodes"] == 2 for evaluation in evaluations)
 
 
+def test_an_evaluation_that_outlasts_the_limit_is_waited_for_and_the_last_checkpoint_gets_its_own(tmp_path):
+    # An evaluation takes ten seconds, the learner's steps less than one.
+    options = {
+        "environment.kwargs": "{pause_seconds: 0.03}",
+        "search.num_simulations": 2,
+        "actor.envs_per_actor": 2,
+        "replay.min_size_to_sample": 20,
+        "replay.samples_per_insert": 5000,
+        "learner.batch_size": 16,
+        "evaluator.interval_seconds": 0,
+        "evaluator.num_episodes": 12,
+    }
+    sets = [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
+    game = ("--env", "tests.cluster.slow_chain:SlowChain", "--trust-env-code", *sets)
+    with started("train", *game, "--runs-dir", tmp_path, "--name", "r", "--max-train-steps", 200) as process:
+        _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    lines = [json.loads(line) for line in (tmp_path / "r" / "evaluations.jsonl").read_text().splitlines()]
+    steps = [line["learner_steps"] for line in lines]
+    assert len(steps) == 2 and steps[0] < steps[1] == learner_steps(tmp_path), errors
+
+
 def test_a_killed_actor_is_replaced_and_the_run_goes_on(tmp_path):
     with start(tmp_path, *FOREVER) as process:
         wait_for("the first steps", lambda: env_steps(tmp_path) > 0)

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from distributed_muzero.algorithm.training import training
+from distributed_muzero.algorithm.losses import LossWeights
+from distributed_muzero.algorithm.training import add_row_gradients, training
 from distributed_muzero.config import NetworkConfig, make_config
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import ConfigError
@@ -97,6 +98,22 @@ def test_inference_without_torch_gives_the_answers_of_the_module(
         np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(ours.prior_logits, theirs.prior_logits, rtol=1e-5, atol=1e-5)
         assert ours.prior_logits.shape == (batch, networks.num_actions)
+
+
+def test_gradients_in_bfloat16_point_where_those_in_float32_do():
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        networks = make_resnet().train()
+        networks.compute_dtype = dtype
+        observations, policies, actions, returns, *_ = random_batch(networks, (3, 3, 3), 1, seed=9, rows=32)
+        inputs = (observations, actions, policies, returns, returns)
+        losses = add_row_gradients(networks, inputs, None, LossWeights())
+        assert {part.dtype for part in losses} == {torch.float32}
+        gradients.append([parameter.grad for parameter in networks.parameters()])
+    for exact, coarse in zip(*gradients, strict=True):
+        assert coarse.dtype == torch.float32
+        assert torch.cosine_similarity(exact.flatten(), coarse.flatten(), dim=0) > 0.98
+    assert not all(torch.equal(exact, coarse) for exact, coarse in zip(*gradients, strict=True))
 
 
 def test_networks_elsewhere_than_on_a_cpu_are_asked_where_they_are():

@@ -252,6 +252,25 @@ def test_other_networks_statistics_are_of_the_first_devices_rows_and_what_they_d
         learner.close()
 
 
+def test_every_device_computes_in_the_learners_dtype():
+    config = make_builder(2).config
+    config = config.model_copy(
+        update={"learner": config.learner.model_copy(update={"compute_dtype": "bfloat16"})}
+    )
+    exact, coarse = make_builder(1).learner(), Builder(config, "run").learner()
+    try:
+        for batch in BATCHES[:5]:  # away from heads of zeros, which say the same in any arithmetic
+            exact.step(batch)
+        coarse.flat.write(exact.flat.read())
+        expected, metrics = exact.step(BATCHES[5]), coarse.step(BATCHES[5])
+        assert metrics["train/loss"] == pytest.approx(expected["train/loss"], rel=0.02)
+        errors = [learner.priorities(BATCHES[5]).priorities for learner in (exact, coarse)]
+        for part in np.split(np.stack(errors), 2, axis=1):  # of one device each
+            assert (part[0] != part[1]).any()
+    finally:
+        coarse.close()
+
+
 def test_networks_that_the_other_processes_dont_know_are_a_mistake_in_the_config():
     register_networks("of-this-process-alone", MLP)
     with pytest.raises(ConfigError, match="no networks 'of-this-process-alone'"):
