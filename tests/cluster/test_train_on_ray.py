@@ -73,7 +73,7 @@ def test_an_evaluation_that_outlasts_the_limit_is_waited_for_and_the_last_checkp
         "evaluator.num_episodes": 12,
     }
     sets = [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
-    game = ("--env", "tests.cluster.slow_chain:SlowChain", "--trust-env-code", *sets)
+    game = ("--env", "tests.cluster.slow_chain:make", "--trust-env-code", *sets)
     with started("train", *game, "--runs-dir", tmp_path, "--name", "r", "--max-train-steps", 200) as process:
         _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
