@@ -60,6 +60,7 @@ def test_a_run_ends_at_its_limit_and_leaves_everything_behind(tmp_path):
     assert all(evaluation["episodes"] == 2 for evaluation in evaluations)
 
 
+@pytest.mark.long
 def test_an_evaluation_that_outlasts_the_limit_is_waited_for_and_the_last_checkpoint_gets_its_own(tmp_path):
     # An evaluation takes ten seconds, the learner's steps less than one.
     options = {
