@@ -92,7 +92,7 @@ class Driver:
         self.actors: list[Role] = []
         self.leaving: list[Role] = []
         self.reanalysers: list[Role] = []
-        self._state_is_asked = self._weights_are_asked = self._is_evaluating = False
+        self._state_is_asked = self._weights_are_asked = False
         self._learner_has_begun = self._has_ended = False
         self._first_step = self._steps
         self._reshards = False
@@ -252,7 +252,7 @@ class Driver:
         return self.book.state.learner.learner_steps
 
     def _evaluates_now(self) -> bool:
-        return not self._is_evaluating and self.book.evaluation_is_due(self._steps)
+        return self.book.evaluation_is_due(self._steps) and not self.calls.is_asked(self.evaluator)
 
     def _dismiss(self, role: Role) -> None:
         """Lets an actor deliver its finished games before it is ended. What it is doing now still counts."""
@@ -390,14 +390,8 @@ class Driver:
         call = self.evaluator.handle.evaluate.remote(
             state["weights_version"], weights, seeds, members, *theirs
         )
-        self._is_evaluating = True
-        self._call(
-            self.evaluator, call, partial(self._on_evaluation, path, steps), EVALUATION_TIMEOUT_SECONDS
-        )
-
-    def _on_evaluation(self, path: Path, steps: int, result: dict[str, Any]) -> None:
-        self._is_evaluating = False
-        self.book.add_evaluation(result, path, steps)
+        on_result = partial(self.book.add_evaluation, path=path, learner_steps=steps)
+        self._call(self.evaluator, call, on_result, EVALUATION_TIMEOUT_SECONDS)
 
     def _exchange(self) -> None:
         if not self.calls.is_asked(self.control):
@@ -478,7 +472,6 @@ class Driver:
             role.has_failed(error, time.monotonic())
         ray.kill(role.handle)
         if role is self.evaluator:
-            self._is_evaluating = False
             role.handle = None  # made again for the next evaluation
         if role is self.learner:
             self._start_learner()

@@ -111,9 +111,8 @@ class Bookkeeper:
         self._recorder = Recorder(folder)
         self._next_tick = clock() + TICK_SECONDS
         self._last_evaluation = self._last_checkpoint = clock()
-        self.evaluated_step = self._saved_step = (
-            0  # learner steps of the newest checkpoint that was, or is being
-        )
+        # Learner steps of the newest checkpoint that was evaluated, or is being, and of the newest of all.
+        self.evaluated_step = self._saved_step = 0
         self._best_return = -np.inf
         self._shown_rejections: set[str] = set()
         self._told_losses = dict.fromkeys(LOSSES, 0)
