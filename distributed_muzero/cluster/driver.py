@@ -587,10 +587,17 @@ class Driver:
         if not is_over:
             self.book.progress.message("the last evaluation is not waited for")
 
+    def _hears_stop(self) -> bool:
+        """Once the loop is over: by a signal, or by RunControl."""
+        with suppress(RayError):
+            call = self.control.handle.exchange.remote(self.book.status)
+            self.desired = ray.get(call, timeout=EXCHANGE_SECONDS)
+        return self.stop_requested() or self.desired.stop
+
     def _await_evaluation(self, deadline: float) -> bool:
         """Takes the evaluation that goes on, if one does. False if it goes on still."""
         for reference in self.calls.of(self.evaluator):
-            if not is_answered(reference, deadline, self.stop_requested):
+            if not is_answered(reference, deadline, self._hears_stop):
                 return False
             call = self.calls.pop(reference)
             assert call is not None

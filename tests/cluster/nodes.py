@@ -214,6 +214,17 @@ class ClusterRun:
 
     # What it leaves ---------------------------------------------------------------------------------------------
 
+    def judge(self, num_games: int) -> None:
+        """Ends it once more games than that are acknowledged: all of them are stored, once and unchanged."""
+
+        def acknowledged() -> int:
+            return sum(event["event"] == "ok" for history in self.histories().values() for event in history)
+
+        self.wait("games to judge", lambda: acknowledged() > num_games)
+        self.end()
+        verdict = self.verdict()
+        assert verdict.is_good and verdict.acknowledged > num_games, verdict
+
     def verdict(self) -> Verdict:
         """Whether all that was acknowledged is stored, once and unchanged."""
         replay = open_run(self.path).config.replay

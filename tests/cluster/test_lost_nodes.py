@@ -39,9 +39,7 @@ def test_actors_of_a_lost_node_wait_for_another_and_the_learner_goes_on(tmp_path
         assert set(found.values()) <= set(nodes.workers(other))
         assert learner in run.processes("LearnerWorker")
         assert run.status()["restarts"] == 3
-        run.end()
-        verdict = run.verdict()
-        assert verdict.is_good and verdict.acknowledged > 50, verdict
+        run.judge(num_games=50)
 
 
 @pytest.mark.faults
@@ -69,9 +67,7 @@ def test_ten_killed_actors_are_replaced_and_leave_no_part_of_a_game(tmp_path):
         assert max(seconds) <= REPLACED_SECONDS, seconds
         assert run.processes("LearnerWorker") == [learner]
         assert run.status()["restarts"] == NUM_KILLS
-        run.end()
-        verdict = run.verdict()
-        assert verdict.is_good and verdict.acknowledged > 50, verdict
+        run.judge(num_games=50)
         episodes = run.episodes()
         assert {episode.episode_id: found for episode in episodes if (found := faults(episode))} == {}
 

@@ -62,7 +62,30 @@ def test_a_run_ends_at_its_limit_and_leaves_everything_behind(tmp_path):
 
 @pytest.mark.long
 def test_an_evaluation_that_outlasts_the_limit_is_waited_for_and_the_last_checkpoint_gets_its_own(tmp_path):
-    # An evaluation takes ten seconds, the learner's steps less than one.
+    with started("train", *short_run_with_long_evaluations(tmp_path, num_episodes=12)) as process:
+        _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    lines = [json.loads(line) for line in (tmp_path / "r" / "evaluations.jsonl").read_text().splitlines()]
+    steps = [line["learner_steps"] for line in lines]
+    assert len(steps) == 2 and steps[0] < steps[1] == learner_steps(tmp_path), errors
+
+
+@pytest.mark.long
+def test_a_stop_is_heard_while_the_last_evaluation_is_waited_for(tmp_path):
+    with started("train", *short_run_with_long_evaluations(tmp_path, num_episodes=1000)) as process:
+        checkpoints = tmp_path / "r" / "checkpoints"
+        wait_for(
+            "the last checkpoint",
+            lambda: any(int(done.parent.name[-8:]) >= 200 for done in checkpoints.glob("step_*/DONE")),
+        )
+        assert run("stop", "r", "--runs-dir", tmp_path).returncode == 0
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert "the last evaluation is not waited for" in errors
+
+
+def short_run_with_long_evaluations(runs_dir, num_episodes):
+    """An episode of an evaluation takes a second, the 200 learner steps less than that."""
     options = {
         "environment.kwargs": "{pause_seconds: 0.03}",
         "search.num_simulations": 2,
@@ -71,16 +94,11 @@ def test_an_evaluation_that_outlasts_the_limit_is_waited_for_and_the_last_checkp
         "replay.samples_per_insert": 5000,
         "learner.batch_size": 16,
         "evaluator.interval_seconds": 0,
-        "evaluator.num_episodes": 12,
+        "evaluator.num_episodes": num_episodes,
     }
     sets = [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
     game = ("--env", "tests.cluster.slow_chain:make", "--trust-env-code", *sets)
-    with started("train", *game, "--runs-dir", tmp_path, "--name", "r", "--max-train-steps", 200) as process:
-        _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    lines = [json.loads(line) for line in (tmp_path / "r" / "evaluations.jsonl").read_text().splitlines()]
-    steps = [line["learner_steps"] for line in lines]
-    assert len(steps) == 2 and steps[0] < steps[1] == learner_steps(tmp_path), errors
+    return (*game, "--runs-dir", runs_dir, "--name", "r", "--max-train-steps", 200)
 
 
 def test_a_killed_actor_is_replaced_and_the_run_goes_on(tmp_path):
