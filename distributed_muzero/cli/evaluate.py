@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distributed_muzero.cli import checkpoints, options
-from distributed_muzero.cli.opponents import Manner, load_side, make_opponent
+from distributed_muzero.cli.opponents import load_side, make_opponent, with_search
 from distributed_muzero.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Where the games' starts come from.")] = 10_000,
     simulations: Annotated[int | None, typer.Option(min=1, help="In place of the run's own.")] = None,
+    search_policy: options.SearchPolicy = None,
     checkpoint: checkpoints.Checkpoint = checkpoints.BEST,
     runs_dir: options.RunsDir = options.RUNS,
     trust_env_code: options.TrustEnvCode = False,
@@ -65,12 +66,14 @@ def evaluate(
         {"--exact": exact},
         {"--opponent": opponent, "--games": games, "--opening-plies": opening_plies, "--episodes": episodes},
     )
-    check_together({"--no-search": no_search}, {"--simulations": simulations})
+    check_together(
+        {"--no-search": no_search}, {"--simulations": simulations, "--search-policy": search_policy}
+    )
     if games is not None and games % 2:
         raise ConfigError(
             f"--games {games}: expected an even number, as each start is played with both colours"
         )
-    folder = open_to_read(run, runs_dir, exclude=("replay",))
+    folder = with_search(open_to_read(run, runs_dir, exclude=("replay",)), simulations, search_policy)
     players = num_players(folder)
     check_players(
         folder.config.environment.id,
@@ -84,20 +87,26 @@ def evaluate(
             "--no-search": no_search,
         },
     )
-    manner = Manner(simulations, no_search)
     show: Callable[[dict[str, Any]], None] = print_result
     if exact:
         from distributed_muzero.cli.evaluate_view import print_exact
 
-        result, rules = evaluate_everywhere(folder, checkpoint, manner)
+        result, rules = evaluate_everywhere(folder, checkpoint, no_search)
         show = partial(print_exact, rules=rules)
     elif players == 2:
         result = evaluate_against(
-            folder, opponent or "random", games or GAMES, (seed,), checkpoint, manner, opening_plies, runs_dir
+            folder,
+            opponent or "random",
+            games or GAMES,
+            (seed,),
+            checkpoint,
+            no_search,
+            opening_plies,
+            runs_dir,
         )
         result["seed"] = seed
     else:
-        result = evaluate_alone(folder, episodes or EPISODES, (seed,), checkpoint, simulations)
+        result = evaluate_alone(folder, episodes or EPISODES, (seed,), checkpoint)
     if as_json:
         print(json.dumps(result))
         return
@@ -138,14 +147,15 @@ def evaluate_run(folder: RunFolder, seeds: Sequence[int]) -> dict[str, Any]:
     """Evaluates the best checkpoint, or the last one where none was evaluated, as the run's evaluator does: alone, or a
     game for two against its opponent. Raises CheckpointError."""
     section = folder.config.evaluator
+    folder = with_search(folder, section.num_simulations, None)
     if num_players(folder) == 1:
-        return evaluate_alone(folder, section.num_episodes, seeds, checkpoints.BEST, section.num_simulations)
-    num_games, manner = section.num_episodes + section.num_episodes % 2, Manner(section.num_simulations)
-    return evaluate_against(folder, section.opponent, num_games, seeds, checkpoints.BEST, manner, None, "")
+        return evaluate_alone(folder, section.num_episodes, seeds, checkpoints.BEST)
+    num_games = section.num_episodes + section.num_episodes % 2
+    return evaluate_against(folder, section.opponent, num_games, seeds, checkpoints.BEST, False, None, "")
 
 
 def evaluate_alone(
-    folder: RunFolder, num_episodes: int, seeds: Sequence[int], checkpoint: str, num_simulations: int | None
+    folder: RunFolder, num_episodes: int, seeds: Sequence[int], checkpoint: str
 ) -> dict[str, Any]:
     """Whole games in an environment for one: their returns. Raises CheckpointError."""
     from distributed_muzero.workers.builder import Builder
@@ -154,7 +164,7 @@ def evaluate_alone(
     evaluator = Builder(folder.config, folder.name).evaluator()
     evaluator.load(saved)
     try:
-        result = evaluator.evaluate(num_episodes, seeds, num_simulations)
+        result = evaluator.evaluate(num_episodes, seeds)
     finally:
         evaluator.close()
     return {**result, "checkpoint": saved.path.name}
@@ -166,7 +176,7 @@ def evaluate_against(
     num_games: int,
     seeds: Sequence[int],
     checkpoint: str,
-    manner: Manner,
+    without_search: bool,
     opening_plies: int | None,
     runs_dir: str,
 ) -> dict[str, Any]:
@@ -177,8 +187,8 @@ def evaluate_against(
     from distributed_muzero.workers.builder import Builder
 
     began, builder = time.perf_counter(), Builder(folder.config, folder.name)
-    other, history_length = make_opponent(opponent, folder, builder, manner, runs_dir)
-    side = load_side(folder, builder, checkpoint, manner)
+    other, history_length = make_opponent(opponent, folder, builder, without_search, runs_dir)
+    side = load_side(folder, builder, checkpoint, without_search)
     if opening_plies is None:
         opening_plies = default_opening_plies(side.player, other)
     result = play_match(
@@ -196,12 +206,15 @@ def evaluate_against(
         "checkpoint": side.checkpoint,
         "opponent": other.name,
         "simulations": side.num_simulations,
+        "search_policy": None if without_search else folder.config.search.policy,
         "opening_plies": opening_plies,
         "seconds": time.perf_counter() - began,
     }
 
 
-def evaluate_everywhere(folder: RunFolder, checkpoint: str, manner: Manner) -> tuple[dict[str, Any], Any]:
+def evaluate_everywhere(
+    folder: RunFolder, checkpoint: str, without_search: bool
+) -> tuple[dict[str, Any], Any]:
     """Every position of a small game: what ExactResult.to_json says, and who played how; and OpenSpiel's game.
 
     Raises CheckpointError, and EnvironmentFailure for a game that can't be solved.
@@ -215,7 +228,7 @@ def evaluate_everywhere(folder: RunFolder, checkpoint: str, manner: Manner) -> t
     began, builder = time.perf_counter(), Builder(folder.config, folder.name)
     history_length = folder.config.environment.history_length
     rules = rules_of(builder.environment(), "--exact")
-    side = load_side(folder, builder, checkpoint, manner)
+    side = load_side(folder, builder, checkpoint, without_search)
     result = play_everywhere(
         side.player,
         builder.environment,
@@ -229,6 +242,7 @@ def evaluate_everywhere(folder: RunFolder, checkpoint: str, manner: Manner) -> t
         "run": folder.name,
         "checkpoint": side.checkpoint,
         "simulations": side.num_simulations,
+        "search_policy": None if without_search else folder.config.search.policy,
         "seconds": time.perf_counter() - began,
     }
     return summary, rules

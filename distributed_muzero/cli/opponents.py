@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from distributed_muzero.cli import checkpoints
@@ -19,13 +20,6 @@ EXPECTED = (
 MAX_SIMULATIONS = 10_000_000
 
 
-class Manner(NamedTuple):
-    """How networks play."""
-
-    num_simulations: int | None = None  # None: the run's own
-    without_search: bool = False
-
-
 class Side(NamedTuple):
     """A run's checkpoint as a player."""
 
@@ -34,7 +28,14 @@ class Side(NamedTuple):
     num_simulations: int  # 0 without a search
 
 
-def load_side(folder: RunFolder, builder: Builder, checkpoint: str, manner: Manner) -> Side:
+def with_search(folder: RunFolder, num_simulations: int | None, policy: str | None) -> RunFolder:
+    """The same run, searching otherwise where that is asked for."""
+    given = {"num_simulations": num_simulations, "policy": policy}
+    search = folder.config.search.model_copy(update={key: value for key, value in given.items() if value})
+    return replace(folder, config=folder.config.model_copy(update={"search": search}))
+
+
+def load_side(folder: RunFolder, builder: Builder, checkpoint: str, without_search: bool = False) -> Side:
     """Networks from a checkpoint: `best`, `latest` or a step.   builder: of the run. Raises CheckpointError."""
     from distributed_muzero.matches.players import PriorPlayer, SearchPlayer
     from distributed_muzero.workers.actor import PolicyModel
@@ -45,17 +46,20 @@ def load_side(folder: RunFolder, builder: Builder, checkpoint: str, manner: Mann
     assert model.search_model is not None
     config, name = folder.config, f"{folder.name}/{saved.path.name}"
     history_length = config.environment.history_length
-    if manner.without_search:
+    if without_search:
         return Side(PriorPlayer(name, model.search_model, history_length), saved.path.name, 0)
-    num_simulations = manner.num_simulations or config.search.num_simulations
     searching = SearchPlayer(
-        name, model.search_model, config.search, config.algorithm.discount, num_simulations, history_length
+        name,
+        model.search_model,
+        config.search,
+        config.algorithm.discount,
+        history_length=history_length,
     )
-    return Side(searching, saved.path.name, num_simulations)
+    return Side(searching, saved.path.name, config.search.num_simulations)
 
 
 def make_opponent(
-    text: str, folder: RunFolder, builder: Builder, manner: Manner, runs_dir: str
+    text: str, folder: RunFolder, builder: Builder, without_search: bool, runs_dir: str
 ) -> tuple[Player, int]:
     """Whom --opponent names, and how many observations its networks stack.
 
@@ -75,7 +79,7 @@ def make_opponent(
         name = f"mcts:{_number(text, number)}" if is_mcts else text
         return make_rule_player(name, builder.environment(), name.partition(":")[0]), 1
     if kind == "step" and not number.startswith("//"):
-        side = load_side(folder, builder, str(_number(text, number)), manner)
+        side = load_side(folder, builder, str(_number(text, number)), without_search)
         return side.player, folder.config.environment.history_length
     return _other_run(text, runs_dir, builder)
 
@@ -95,7 +99,7 @@ def _other_run(text: str, runs_dir: str, builder: Builder) -> tuple[Player, int]
             f"run {folder.name} plays {there.id} with {there.kwargs or 'no kwargs'}, and run {builder.run_name} "
             f"{here.id} with {here.kwargs or 'no kwargs'}: expected two runs of the same game"
         )
-    return load_side(folder, other, checkpoints.BEST, Manner()).player, there.history_length
+    return load_side(folder, other, checkpoints.BEST).player, there.history_length
 
 
 def _number(text: str, number: str) -> int:

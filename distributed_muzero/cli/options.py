@@ -41,6 +41,11 @@ class Resume(StrEnum):
     auto = "auto"
 
 
+class Policy(StrEnum):
+    muzero = "muzero"
+    gumbel = "gumbel"
+
+
 Preset = Annotated[str | None, typer.Option(help="A shipped preset; `config presets` lists them.")]
 Env = Annotated[
     str | None,
@@ -93,6 +98,9 @@ Offline = Annotated[
     list[str] | None,
     typer.Option(help="Learn from stored episodes alone: an exported .parquet, a folder of them, or a run."),
 ]
+
+
+SearchPolicy = Annotated[Policy | None, typer.Option(help="In place of the run's own search.policy.")]
 
 
 class Choices(NamedTuple):

@@ -9,6 +9,7 @@ import numpy as np
 import typer
 
 from distributed_muzero.cli import checkpoints, options
+from distributed_muzero.cli.opponents import with_search
 from distributed_muzero.cli.play_view import KEYS, View, find_move
 from distributed_muzero.errors import ConfigError, EnvironmentFailure
 
@@ -25,6 +26,7 @@ def play(
         typer.Option("--first/--second", help="Whether you begin; drawn by the seed unless given."),
     ] = None,
     simulations: Annotated[int | None, typer.Option(min=1, help="In place of the run's own.")] = None,
+    search_policy: options.SearchPolicy = None,
     show_search: Annotated[
         bool, typer.Option("--show-search", help="With each of its moves, what the search thought of.")
     ] = False,
@@ -45,7 +47,7 @@ def play(
     from distributed_muzero.workers.builder import Builder
     from distributed_muzero.workers.runs import open_to_read
 
-    folder = open_to_read(run, runs_dir, exclude=("replay",))
+    folder = with_search(open_to_read(run, runs_dir, exclude=("replay",)), simulations, search_policy)
     saved = checkpoints.load_checkpoint(folder, checkpoint)
     builder = Builder(folder.config, folder.name)
     seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
@@ -54,10 +56,12 @@ def play(
     model.load_checkpoint(saved)
     assert model.search_model is not None
     config = folder.config
-    adviser = Adviser(model.search_model, config.search, config.algorithm.discount, simulations)
+    adviser = Adviser(model.search_model, config.search, config.algorithm.discount)
     game = PersonGame(builder.environment, config.environment.history_length, seed, begins)
     view = View(game)
-    view.introduce(f"{builder.spec.id}, {folder.name} at {saved.path.name}", adviser.num_simulations, seed)
+    view.introduce(
+        f"{builder.spec.id}, {folder.name} at {saved.path.name}", config.search.num_simulations, seed
+    )
     try:
         play_game(game, adviser, view, show_search)
     except KeyboardInterrupt:

@@ -29,14 +29,10 @@ class Opinion(NamedTuple):
 class Adviser:
     """Networks with a search: greedy and without noise, one game at a time."""
 
-    def __init__(
-        self, model: SearchModel, search: SearchConfig, discount: float, num_simulations: int | None = None
-    ):
-        """num_simulations: in place of the search's own."""
+    def __init__(self, model: SearchModel, search: SearchConfig, discount: float):
         self.model = model
         self.search = search
         self.discount = discount
-        self.num_simulations = num_simulations or search.num_simulations
 
     def opinion(self, game: Game) -> Opinion:
         made = decide(
@@ -47,7 +43,6 @@ class Adviser:
             0.0,
             noise=False,
             rng=np.random.default_rng(0),
-            num_simulations=self.num_simulations,
         )
         action, result = int(made.actions[0]), made.result
         _, logits = self.model.initial(game.history[None], 1)

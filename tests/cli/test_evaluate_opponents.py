@@ -30,6 +30,7 @@ MATCH_KEYS = {
     "checkpoint",
     "opponent",
     "simulations",
+    "search_policy",
     "opening_plies",
     "seed",
     "seconds",
@@ -47,6 +48,7 @@ EXACT_KEYS = {
     "run",
     "checkpoint",
     "simulations",
+    "search_policy",
     "seconds",
 }
 
@@ -125,6 +127,7 @@ def test_games_against_whom_one_names(runs, opponent, name, opening_plies):
     assert sum(result["as_first"].values()) == sum(result["as_second"].values()) == 3
     assert result["score"] == pytest.approx((result["wins"] + result["draws"] / 2) / 6)
     assert result["simulations"] == (0 if "--no-search" in opponent else 4)
+    assert result["search_policy"] == (None if "--no-search" in opponent else "muzero")
 
 
 def test_the_same_seed_gives_the_same_match(runs):
@@ -137,6 +140,15 @@ def test_the_same_seed_gives_the_same_match(runs):
     assert one == again
     assert {**one, "seed": 2} != other
     assert one["simulations"] == 3
+
+
+def test_the_other_search_plays_with_the_same_networks(runs):
+    own, other = (
+        evaluate(runs, "one", "--exact", "--simulations", 30, *options)
+        for options in ((), ("--search-policy", "gumbel"))
+    )
+    assert (own["search_policy"], other["search_policy"]) == ("muzero", "gumbel")
+    assert own["mistakes"] != other["mistakes"]
 
 
 def test_a_checkpoint_of_its_own_as_opponent(runs):
@@ -221,9 +233,9 @@ MISTAKES = {
         ("one", "--exact", "--opponent", "random", "--games", 4),
         "--exact leaves nothing for --opponent, --games to say",
     ),
-    "simulations without a search": (
-        ("one", "--no-search", "--simulations", 4),
-        "--no-search leaves nothing for --simulations to say",
+    "a search without one": (
+        ("one", "--no-search", "--simulations", 4, "--search-policy", "gumbel"),
+        "--no-search leaves nothing for --simulations, --search-policy to say",
     ),
 }
 

@@ -184,7 +184,7 @@ def test_one_player_plays_alone_and_gets_advice():
     game = PersonGame(lambda: ChainEnvironment(5, start=1), 1, seed=0)
     functions = games.constant_functions(3)
     model = make_search_model(FunctionNetworks(*functions))
-    opinion = Adviser(model, SearchConfig(), 0.99, num_simulations=5).opinion(game.game)
+    opinion = Adviser(model, SearchConfig(num_simulations=5), 0.99).opinion(game.game)
     assert game.legal_actions() == [0, 1] and opinion.policy[2] == 0
     assert game.is_persons_turn
     game.play(RIGHT)
