@@ -270,6 +270,7 @@ class TestALifeFromOutside:
             ("life", "stopped"),
         ]
 
+    @pytest.mark.long
     def test_a_run_that_is_over_goes_on_with_other_limits_and_shards_and_is_told_as_it_is(
         self, cluster, tmp_path
     ):

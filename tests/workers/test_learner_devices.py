@@ -376,6 +376,7 @@ def test_a_run_in_one_process_makes_its_steps_and_ends_clean(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.long
 def test_through_ray_a_learner_that_lost_a_device_is_replaced(tmp_path):
     options = ("--preset", "debug", "--runs-dir", tmp_path, "--name", "r", "--set", "learner.num_devices=2")
 
