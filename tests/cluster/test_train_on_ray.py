@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from distributed_muzero import checkpoint
+from tests.cluster.nodes import SLOW_CHAIN, connected_nodes, run_in
 from tests.processes import descendants, find_role, run, started, status, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -62,7 +63,8 @@ def test_a_run_ends_at_its_limit_and_leaves_everything_behind(tmp_path):
 
 @pytest.mark.long
 def test_an_evaluation_that_outlasts_the_limit_is_waited_for_and_the_last_checkpoint_gets_its_own(tmp_path):
-    with started("train", *short_run_with_long_evaluations(tmp_path, num_episodes=12)) as process:
+    game = ("--env", "tests.cluster.slow_chain:make", "--trust-env-code", *long_evaluations(num_episodes=12))
+    with started("train", *game, "--runs-dir", tmp_path, "--name", "r") as process:
         _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     lines = [json.loads(line) for line in (tmp_path / "r" / "evaluations.jsonl").read_text().splitlines()]
@@ -72,21 +74,23 @@ def test_an_evaluation_that_outlasts_the_limit_is_waited_for_and_the_last_checkp
 
 @pytest.mark.long
 def test_a_stop_is_heard_while_the_last_evaluation_is_waited_for(tmp_path):
-    with started("train", *short_run_with_long_evaluations(tmp_path, num_episodes=1000)) as process:
-        checkpoints = tmp_path / "r" / "checkpoints"
-        wait_for(
+    options = (*SLOW_CHAIN, *long_evaluations(num_episodes=1000))
+    with connected_nodes(1) as nodes, run_in(nodes, tmp_path, *options) as learning:
+        checkpoints = learning.path / "checkpoints"
+        learning.wait(
             "the last checkpoint",
             lambda: any(int(done.parent.name[-8:]) >= 200 for done in checkpoints.glob("step_*/DONE")),
         )
-        assert run("stop", "r", "--runs-dir", tmp_path).returncode == 0
-        _, errors = process.communicate(timeout=30)
-    assert process.returncode == 0, errors
-    assert "the last evaluation is not waited for" in errors
+        learning.ask(stop=True)
+        # `train` itself plays another one then.
+        wait_for("the run's end", lambda: learning.status()["state"] == "finished", 30)
+        assert "the last evaluation is not waited for" in learning.errors
 
 
-def short_run_with_long_evaluations(runs_dir, num_episodes):
-    """An episode of an evaluation takes a second, the 200 learner steps less than that."""
+def long_evaluations(num_episodes):
+    """Options: an episode of an evaluation takes a second, the 200 learner steps less than that."""
     options = {
+        "run.max_train_steps": 200,
         "environment.kwargs": "{pause_seconds: 0.03}",
         "search.num_simulations": 2,
         "actor.envs_per_actor": 2,
@@ -96,9 +100,7 @@ def short_run_with_long_evaluations(runs_dir, num_episodes):
         "evaluator.interval_seconds": 0,
         "evaluator.num_episodes": num_episodes,
     }
-    sets = [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
-    game = ("--env", "tests.cluster.slow_chain:make", "--trust-env-code", *sets)
-    return (*game, "--runs-dir", runs_dir, "--name", "r", "--max-train-steps", 200)
+    return [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
 
 
 def test_a_killed_actor_is_replaced_and_the_run_goes_on(tmp_path):
