@@ -11,7 +11,7 @@ import torch
 
 from distributed_muzero.algorithm.planning import DEFAULT_DISCOUNT, as_array, legal_mask, plan_and_decide
 from distributed_muzero.config import SearchConfig
-from distributed_muzero.errors import ContractError, NonFiniteError
+from distributed_muzero.errors import ContractError, EnvironmentFailure, NonFiniteError
 from distributed_muzero.networks.base import as_networks
 from distributed_muzero.networks.inference import SearchModel, make_search_model
 from distributed_muzero.types import Episode, SearchResult, Step
@@ -102,6 +102,11 @@ class Game:
         self.history[-1] = observation
         self.is_over = bool(is_terminal)
         self.players.append(self._player())
+        if self.alternates and self.players[-1] == self.players[-2]:
+            raise EnvironmentFailure(
+                f"player {self.players[-1]} is to move again at step {len(self.actions)}, seed {self.seed}: a search "
+                "for two needs players who move strictly in turn; let the other one pass, or say num_players 1"
+            )
 
     def move(self, action: int) -> None:
         """Plays `action`, of which nothing is learnt: no search stands behind it, and no policy or value is kept."""

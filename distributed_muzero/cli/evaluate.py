@@ -112,7 +112,8 @@ def evaluate(
         return
     show(result)
     if players == 2 and not exact and opponent is None:
-        print("random moves, as no --opponent was named; others: minimax, mcts:SIMS, step:STEP, another run")
+        rules = "minimax, mcts:SIMS, " if folder.config.environment.id.startswith("openspiel:") else ""
+        print(f"random moves, as no --opponent was named; others: {rules}step:STEP, another run")
 
 
 def check_together(first: Mapping[str, Any], others: Mapping[str, Any]) -> None:
@@ -136,9 +137,9 @@ def check_players(
     is_for_one = players == 1
     wrong = [name for name, value in (of_two if is_for_one else of_one).items() if value not in (None, False)]
     if wrong:
-        fitting, here = ("two", "one") if is_for_one else ("one", "two")
+        fitting, here = ("two players", "one") if is_for_one else ("one player", "two")
         raise ConfigError(
-            f"{wrong[0]} is for {fitting} players, and {environment} is for {here}; leave it out. How many games are "
+            f"{wrong[0]} is for {fitting}, and {environment} is for {here}; leave it out. How many games are "
             f"played, {'--episodes' if is_for_one else '--games'} says"
         )
 

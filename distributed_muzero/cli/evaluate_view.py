@@ -74,7 +74,7 @@ def print_exact(result: Mapping[str, Any], rules: Any) -> None:
 
 def who(result: Mapping[str, Any]) -> str:
     searched = result["simulations"]
-    manner = f"{searched} simulations" if searched else "without a search"
+    manner = f"{searched} simulations, {result['search_policy']}" if searched else "without a search"
     return f"{result['run']}/{result['checkpoint']} ({manner})"
 
 

@@ -59,9 +59,7 @@ def play(
     adviser = Adviser(model.search_model, config.search, config.algorithm.discount)
     game = PersonGame(builder.environment, config.environment.history_length, seed, begins)
     view = View(game)
-    view.introduce(
-        f"{builder.spec.id}, {folder.name} at {saved.path.name}", config.search.num_simulations, seed
-    )
+    view.introduce(f"{builder.spec.id}, {folder.name} at {saved.path.name}", config.search, seed)
     try:
         play_game(game, adviser, view, show_search)
     except KeyboardInterrupt:

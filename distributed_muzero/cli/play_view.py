@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from distributed_muzero.config import SearchConfig
     from distributed_muzero.matches.person import Move, Opinion, Outcome, PersonGame
 
 KEYS = {
@@ -57,8 +58,8 @@ class View:
     def say(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style), soft_wrap=True)
 
-    def introduce(self, title: str, num_simulations: int, seed: int) -> None:
-        self.say(f"{title}, {num_simulations} simulations, seed {seed}", "bold")
+    def introduce(self, title: str, search: SearchConfig, seed: int) -> None:
+        self.say(f"{title}, {search.num_simulations} simulations ({search.policy}), seed {seed}", "bold")
         if self.has_opponent:
             self.say(f"you play {'first' if self.game.begins else 'second'}")
         self.say(f"a move is its name or its number; {HELP}", "dim")

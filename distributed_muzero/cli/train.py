@@ -282,6 +282,11 @@ def train_in(
     state = book.state
     print(f"run: {folder.place}")
     print(f"environment steps: {state.env_steps}, learner steps: {state.learner.learner_steps}")
+    if not state.learner.learner_steps:
+        print(
+            "nothing was learnt, and there is no checkpoint: the learner waits for replay.min_size_to_sample "
+            f"({config.replay.min_size_to_sample}) stored steps; give it more time, or set it lower"
+        )
     if not ending.was_stopped and state.learner.learner_steps and not stop.is_set():
         seeds = (config.run.seed, FINAL_EVALUATION_STREAM)
         print_result(evaluate_run(folder, seeds))

@@ -5,7 +5,7 @@ import torch
 from distributed_muzero import acting
 from distributed_muzero.algorithm.acting import Game, choose_actions
 from distributed_muzero.config import SearchConfig
-from distributed_muzero.errors import ContractError, NonFiniteError
+from distributed_muzero.errors import ContractError, EnvironmentFailure, NonFiniteError
 from tests.games import Nim, Script, constant_functions
 
 UNIFORM = constant_functions(2)
@@ -145,6 +145,13 @@ def test_players_alternate_only_where_the_environment_has_two():
     from distributed_muzero.environments.chain import ChainEnvironment
 
     assert not Game(ChainEnvironment(), 1).alternates
+
+
+def test_a_player_who_moves_twice_is_refused():
+    env = Nim(3)
+    env.to_play = lambda: 0
+    with pytest.raises(EnvironmentFailure, match="player 0 is to move again at step 1"):
+        play_out(env)
 
 
 def test_noise_reaches_the_search_only_when_asked_for():

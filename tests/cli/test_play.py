@@ -162,7 +162,7 @@ def test_a_hint_shows_what_the_search_thinks(ttt):
     shares = [int(share) for _, share, _, _ in rows[:5]]
     assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 102
     assert (best, best) == (again, rows[0][0])
-    assert ", 30 simulations," in output
+    assert ", 30 simulations (muzero)," in output
 
 
 def test_show_search_shows_what_it_thought_of_before_each_of_its_moves(ttt):
