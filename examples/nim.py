@@ -1,7 +1,7 @@
 """A game of one's own: take 1 to 3 stones from a heap; who takes the last one wins.
 
 distributed-muzero envs check nim:make --trust-env-code        (in the folder of this file)
-distributed-muzero train --env nim:make --trust-env-code
+distributed-muzero train --env nim:make --trust-env-code       (docs/environments.md has settings for two players)
 """
 
 import numpy as np

@@ -105,7 +105,8 @@ class Game:
         if self.alternates and self.players[-1] == self.players[-2]:
             raise EnvironmentFailure(
                 f"player {self.players[-1]} is to move again at step {len(self.actions)}, seed {self.seed}: a search "
-                "for two needs players who move strictly in turn; let the other one pass, or say num_players 1"
+                "for two needs players who move strictly in turn; let the other one pass. With one "
+                "player, say so (spec.num_players 1) or leave out to_play()"
             )
 
     def move(self, action: int) -> None:

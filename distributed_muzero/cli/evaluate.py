@@ -168,7 +168,14 @@ def evaluate_alone(
         result = evaluator.evaluate(num_episodes, seeds)
     finally:
         evaluator.close()
-    return {**result, "checkpoint": saved.path.name}
+    search = folder.config.search
+    return {
+        **result,
+        "run": folder.name,
+        "checkpoint": saved.path.name,
+        "simulations": search.num_simulations,
+        "search_policy": search.policy,
+    }
 
 
 def evaluate_against(
@@ -258,6 +265,7 @@ def print_result(result: Mapping[str, Any]) -> None:
     else:
         print(
             f"evaluation of {result['checkpoint']} (weights version {result['weights_version']}), "
-            f"{result['episodes']} games without noise: "
+            f"{result['episodes']} games without noise, {result['simulations']} simulations "
+            f"({result['search_policy']}): "
             f"mean return {result['mean_return']:.1f} ± {result['std_return']:.1f}"
         )

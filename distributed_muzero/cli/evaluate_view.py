@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 SHOWN_MISTAKES = 3
+TITLE: dict[str, Any] = {"style": "italic", "soft_wrap": True, "markup": False, "highlight": False}
 COLUMNS = ("games", "wins", "draws", "losses", "score")
 
 
 def print_match(result: Mapping[str, Any]) -> None:
     """A row for each colour and one for both, then the difference of ratings."""
-    table = Table(
-        title=escape(f"{who(result)} against {result['opponent']}"), title_justify="left", min_width=60
-    )
+    console = Console()
+    console.print(f"{who(result)} against {result['opponent']}", **TITLE)
+    table = Table(min_width=60)
     table.add_column("", no_wrap=True)
     for name in COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
@@ -27,7 +27,6 @@ def print_match(result: Mapping[str, Any]) -> None:
         ("both", {key: result[key] for key in ("wins", "draws", "losses")}),
     ):
         table.add_row(label, *_row(counts), style="bold" if label == "both" else None)
-    console = Console()
     console.print(table)
     low, high = result["elo_interval"]
     console.print(
@@ -45,7 +44,9 @@ def print_match(result: Mapping[str, Any]) -> None:
 def print_exact(result: Mapping[str, Any], rules: Any) -> None:
     """Counts and shares, then the first mistakes with their boards.   rules: OpenSpiel's game."""
     start = result["start"]
-    table = Table(title=escape(f"{who(result)} in every position"), title_justify="left", show_header=False)
+    console = Console()
+    console.print(f"{who(result)} in every position", **TITLE)
+    table = Table(show_header=False)
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     for label, text in (
@@ -60,7 +61,6 @@ def print_exact(result: Mapping[str, Any], rules: Any) -> None:
         ("at worst, as second", start["as_second"]),
     ):
         table.add_row(label, text)
-    console = Console()
     console.print(table)
     for mistake in result["first_mistakes"][:SHOWN_MISTAKES]:
         console.print(describe_mistake(rules, mistake), markup=False, highlight=False)

@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from distributed_muzero.cli import checkpoints
+from distributed_muzero.cli.options import Policy
+from distributed_muzero.config import SearchConfig
 from distributed_muzero.errors import ConfigError, EnvironmentFailure, RunError
 
 if TYPE_CHECKING:
@@ -28,10 +30,11 @@ class Side(NamedTuple):
     num_simulations: int  # 0 without a search
 
 
-def with_search(folder: RunFolder, num_simulations: int | None, policy: str | None) -> RunFolder:
+def with_search(folder: RunFolder, num_simulations: int | None, policy: Policy | None) -> RunFolder:
     """The same run, searching otherwise where that is asked for."""
-    given = {"num_simulations": num_simulations, "policy": policy}
-    search = folder.config.search.model_copy(update={key: value for key, value in given.items() if value})
+    given = {"num_simulations": num_simulations, "policy": policy and policy.value}
+    asked = {key: value for key, value in given.items() if value is not None}
+    search = SearchConfig.model_validate({**folder.config.search.model_dump(), **asked})
     return replace(folder, config=folder.config.model_copy(update={"search": search}))
 
 

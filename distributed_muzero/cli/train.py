@@ -283,13 +283,15 @@ def train_in(
     print(f"run: {folder.place}")
     print(f"environment steps: {state.env_steps}, learner steps: {state.learner.learner_steps}")
     if not state.learner.learner_steps:
-        print(
-            "nothing was learnt, and there is no checkpoint: the learner waits for replay.min_size_to_sample "
-            f"({config.replay.min_size_to_sample}) stored steps; give it more time, or set it lower"
-        )
-    if not ending.was_stopped and state.learner.learner_steps and not stop.is_set():
+        print(nothing_learnt(state.env_steps, config.replay.min_size_to_sample))
+    elif not (ending.was_stopped or ending.was_hurried or stop.is_set()):
         seeds = (config.run.seed, FINAL_EVALUATION_STREAM)
         print_result(evaluate_run(folder, seeds))
+
+
+def nothing_learnt(env_steps: int, min_size_to_sample: int) -> str:
+    waits = f"the learner waits for {min_size_to_sample} stored steps (replay.min_size_to_sample)"
+    return f"nothing was learnt, and there is no checkpoint{f': {waits}' if env_steps < min_size_to_sample else ''}"
 
 
 def check_can_begin(folder: RunFolder, counts: Mapping[str, Any]) -> None:

@@ -123,7 +123,7 @@ class Driver:
             self.book.tick(self._stats_of_shards(), self._crew())
             if reason := self.book.state.stop_reason():
                 self._end(evaluate=not self.book.state.has_reached_goal)
-                return Ending(reason)
+                return Ending(reason, was_hurried=self.desired.stop)
             is_stopped = self.stop_requested() or self.desired.stop
             if is_stopped and self.desired.in_haste:
                 return Ending("a stop at once: what was learnt since the last checkpoint is lost", True)

@@ -60,6 +60,7 @@ class Ending(NamedTuple):
 
     reason: str  # in words
     was_stopped: bool = False  # by a person, before any limit of the run
+    was_hurried: bool = False  # by a person, while it ended at a limit
 
 
 STOPPED = Ending("a stop was asked for", True)

@@ -147,7 +147,7 @@ def test_players_alternate_only_where_the_environment_has_two():
     assert not Game(ChainEnvironment(), 1).alternates
 
 
-def test_a_player_who_moves_twice_is_refused():
+def test_two_players_who_do_not_move_in_turn_are_refused():
     env = Nim(3)
     env.to_play = lambda: 0
     with pytest.raises(EnvironmentFailure, match="player 0 is to move again at step 1"):

@@ -34,8 +34,9 @@ def run_folder(tmp_path_factory):
 
 def test_evaluate_prints_one_json_object_on_the_last_line(run_folder):
     done = processes.run(
-        "evaluate", "r", "--runs-dir", run_folder.parent, "--episodes", 3, "--seed", 5, "--json"
-    )
+        "evaluate", "r", "--runs-dir", run_folder.parent, "--episodes", 3, "--seed", 5, "--simulations", 3,
+        "--search-policy", "gumbel", "--json",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result.keys() >= {
@@ -47,7 +48,17 @@ def test_evaluate_prints_one_json_object_on_the_last_line(run_folder):
         "checkpoint",
     }
     assert len(result["returns"]) == result["episodes"] == 3
+    assert (result["simulations"], result["search_policy"]) == (3, "gumbel")
     assert result["mean_return"] == pytest.approx(sum(result["returns"]) / 3)
+
+
+def test_a_run_that_learnt_nothing_says_so(tmp_path):
+    few = ("--max-env-steps", 40, "--set", "replay.min_size_to_sample=1000")
+    done = processes.run(
+        "train", "--preset", "debug", "--in-process", *few, "--runs-dir", tmp_path, "--name", "r"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nothing was learnt, and there is no checkpoint: the learner waits for 1000 stored" in done.stdout
 
 
 def test_the_same_seed_evaluates_to_the_same_games(run_folder):

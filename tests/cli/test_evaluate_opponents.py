@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
+from distributed_muzero.algorithm.acting import Game, decide
 from distributed_muzero.cli import main
+from distributed_muzero.cli.opponents import load_side, with_search
+from distributed_muzero.cli.options import Policy
 from distributed_muzero.config import make_config
 from distributed_muzero.errors import DistributedMuZeroError
-from distributed_muzero.run_folder import create_run
+from distributed_muzero.run_folder import create_run, open_run
+from distributed_muzero.workers.builder import Builder
 from tests import processes
 
 pytest.importorskip("pyspiel")
@@ -143,12 +148,24 @@ def test_the_same_seed_gives_the_same_match(runs):
 
 
 def test_the_other_search_plays_with_the_same_networks(runs):
-    own, other = (
-        evaluate(runs, "one", "--exact", "--simulations", 30, *options)
-        for options in ((), ("--search-policy", "gumbel"))
-    )
-    assert (own["search_policy"], other["search_policy"]) == ("muzero", "gumbel")
-    assert own["mistakes"] != other["mistakes"]
+    folder = open_run("one", runs)
+    other = with_search(folder, 30, Policy.gumbel)
+    expected = folder.config.search.model_copy(update={"num_simulations": 30, "policy": "gumbel"})
+    assert other.config == folder.config.model_copy(update={"search": expected}) != folder.config
+    assert with_search(folder, None, None) == folder == open_run("one", runs)
+    result = evaluate(runs, "one", "--games", 2, "--simulations", 30, "--search-policy", "gumbel")
+    assert (result["simulations"], result["search_policy"]) == (30, "gumbel")
+
+    builder = Builder(folder.config, "one")
+    games = [Game(builder.environment(), 1, seed) for seed in range(4)]
+    for game, num_moves in zip(games, (0, 1, 2, 3), strict=True):
+        game.play_opening(num_moves, np.random.default_rng(num_moves))
+    sides = [load_side(run, builder, "latest") for run in (folder, other)]
+    played = decide(
+        games, sides[0].player.model, expected, folder.config.algorithm.discount, 0.0,
+        noise=False, rng=np.random.default_rng(0),
+    )  # fmt: skip
+    assert sides[1].player.choose(games, np.random.default_rng(0)) == played.actions.tolist()
 
 
 def test_a_checkpoint_of_its_own_as_opponent(runs):

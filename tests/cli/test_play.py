@@ -165,6 +165,10 @@ def test_a_hint_shows_what_the_search_thinks(ttt):
     assert ", 30 simulations (muzero)," in output
 
 
+def test_it_plays_with_the_search_that_is_asked_for(ttt):
+    assert ", 7 simulations (gumbel)," in play(ttt, "", "--simulations", 7, "--search-policy", "gumbel")
+
+
 def test_show_search_shows_what_it_thought_of_before_each_of_its_moves(ttt):
     output = play(ttt, "4\n", "--first", "--show-search")
     [thought] = re.findall(r"the search: value (\S+) for it, it would play (\d \S+)", output)

@@ -82,8 +82,8 @@ def test_a_stop_is_heard_while_the_last_evaluation_is_waited_for(tmp_path):
             lambda: any(int(done.parent.name[-8:]) >= 200 for done in checkpoints.glob("step_*/DONE")),
         )
         learning.ask(stop=True)
-        # `train` itself plays another one then.
-        wait_for("the run's end", lambda: learning.status()["state"] == "finished", 30)
+        assert learning.process.wait(30) == 0, learning.errors
+        assert learning.status()["state"] == "finished"
         assert "the last evaluation is not waited for" in learning.errors
 
 
