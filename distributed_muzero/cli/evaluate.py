@@ -214,7 +214,7 @@ def evaluate_against(
         "checkpoint": side.checkpoint,
         "opponent": other.name,
         "simulations": side.num_simulations,
-        "search_policy": None if without_search else folder.config.search.policy,
+        "search_policy": side.search_policy,
         "opening_plies": opening_plies,
         "seconds": time.perf_counter() - began,
     }
@@ -250,7 +250,7 @@ def evaluate_everywhere(
         "run": folder.name,
         "checkpoint": side.checkpoint,
         "simulations": side.num_simulations,
-        "search_policy": None if without_search else folder.config.search.policy,
+        "search_policy": side.search_policy,
         "seconds": time.perf_counter() - began,
     }
     return summary, rules

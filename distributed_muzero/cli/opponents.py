@@ -28,6 +28,7 @@ class Side(NamedTuple):
     player: Player
     checkpoint: str
     num_simulations: int  # 0 without a search
+    search_policy: str | None = None  # nor this
 
 
 def with_search(folder: RunFolder, num_simulations: int | None, policy: Policy | None) -> RunFolder:
@@ -58,7 +59,7 @@ def load_side(folder: RunFolder, builder: Builder, checkpoint: str, without_sear
         config.algorithm.discount,
         history_length=history_length,
     )
-    return Side(searching, saved.path.name, config.search.num_simulations)
+    return Side(searching, saved.path.name, config.search.num_simulations, config.search.policy)
 
 
 def make_opponent(

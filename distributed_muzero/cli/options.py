@@ -98,8 +98,6 @@ Offline = Annotated[
     list[str] | None,
     typer.Option(help="Learn from stored episodes alone: an exported .parquet, a folder of them, or a run."),
 ]
-
-
 SearchPolicy = Annotated[Policy | None, typer.Option(help="In place of the run's own search.policy.")]
 
 

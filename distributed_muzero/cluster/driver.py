@@ -123,8 +123,8 @@ class Driver:
             self.book.tick(self._stats_of_shards(), self._crew())
             if reason := self.book.state.stop_reason():
                 self._end(evaluate=not self.book.state.has_reached_goal)
-                return Ending(reason, was_hurried=self.desired.stop)
-            is_stopped = self.stop_requested() or self.desired.stop
+                return Ending(reason, was_hurried=self._is_stopped)
+            is_stopped = self._is_stopped
             if is_stopped and self.desired.in_haste:
                 return Ending("a stop at once: what was learnt since the last checkpoint is lost", True)
             if self.desired.num_shards != self.config.replay.num_shards:
@@ -139,6 +139,11 @@ class Driver:
                     self.book.progress.message(str(error))
                 self._kill_all()
                 return None
+
+    @property
+    def _is_stopped(self) -> bool:
+        """By a signal, or by RunControl."""
+        return self.stop_requested() or self.desired.stop
 
     def _stats_of_shards(self) -> list[dict[str, float]]:
         """Of all shards, or none: sums of some would look as if episodes had gone."""
@@ -588,11 +593,11 @@ class Driver:
             self.book.progress.message("the last evaluation is not waited for")
 
     def _hears_stop(self) -> bool:
-        """Once the loop is over: by a signal, or by RunControl."""
+        """Once the loop is over, which has asked RunControl until then."""
         with suppress(RayError):
             call = self.control.handle.exchange.remote(self.book.status)
             self.desired = ray.get(call, timeout=EXCHANGE_SECONDS)
-        return self.stop_requested() or self.desired.stop
+        return self._is_stopped
 
     def _await_evaluation(self, deadline: float) -> bool:
         """Takes the evaluation that goes on, if one does. False if it goes on still."""
