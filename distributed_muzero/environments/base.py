@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 # Of observations, rewards and values: their sums and squares must stay finite in float32.
 MAX_MAGNITUDE = 1e15
+
+
+class TokenColumn(NamedTuple):
+    """What one column of an observation [L, C] says of each of its L tokens (or, `shared`, of them all).
+
+    category: whole numbers from 0 to size - 1.  number: any finite number.  index: the row of another token, -1 = none.
+    """
+
+    name: str
+    kind: Literal["category", "number", "index"]
+    size: int = 0  # of a category
+    shared: bool = False  # the same in every row
 
 
 class EnvironmentSpec(NamedTuple):
@@ -19,6 +31,9 @@ class EnvironmentSpec(NamedTuple):
     observation_dtype: np.dtype
     action_shape: tuple[int, ...]  # A may be multi-dimensional; inside it is flat, row-major (decision 8)
     num_players: int = 1
+    # of an observation [L, C] that is a sequence of tokens: the first one is a category, 0 where no token is, and all
+    # tokens come before the empty rows. Actions are [L, R] there: what can be done to each token.
+    token_columns: tuple[TokenColumn, ...] = ()
 
     @property
     def num_actions(self) -> int:
@@ -53,6 +68,14 @@ class Environment(Protocol):
 
     def close(self) -> None:
         """Frees what the environment holds."""
+
+
+class Winnable(Protocol):
+    """What an Environment for one player may offer besides, where a game is either won or not; for `evaluate`."""
+
+    @property
+    def won(self) -> bool:
+        """After the last step: whether the game was won."""
 
 
 class Readable(Protocol):
