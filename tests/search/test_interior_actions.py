@@ -37,7 +37,7 @@ def test_an_action_beyond_the_limit_is_visited_at_the_root_only(policy):
     world.legal_mask[:] = True
     world.root_logits[:] = 0
     world.logits[:, [3, 11, 17]] += 100
-    config = SearchConfig(policy=policy, num_simulations=80, max_interior_actions=3)
+    config = SearchConfig(policy=policy, num_simulations=80, max_interior_actions=3, pb_c_init=8.0)
     result, tree = search_world(world, config)
     inside = np.flatnonzero(tree.children_visits[:, 1:].sum(axis=(0, 1)))
     assert inside.tolist() == [3, 11, 17]
@@ -112,7 +112,7 @@ def test_a_likely_action_that_is_not_finite_is_named_though_few_are_considered()
     def expand(parents, actions, children):
         return Expansion(np.zeros(1), np.zeros(1), np.array([[0, 3, np.nan, -9]]))
 
-    with pytest.raises(NonFiniteError, match="simulation 0 .* row 0"):
+    with pytest.raises(NonFiniteError, match=r"simulation 0 .* row 0"):
         muzero_search(
             np.zeros((1, 4)),
             np.zeros(1),
