@@ -93,6 +93,9 @@ class SearchConfig(Section):
     policy: Literal["muzero", "gumbel"] = "muzero"
     num_simulations: Positive = 50
     max_depth: Positive | None = None  # edges from root to leaf; none = num_simulations
+    # below the root only so many actions, those with the highest priors, are considered; none = all. For hundreds of
+    # actions of which few can ever be taken: nothing is masked there
+    max_interior_actions: Positive | None = None
 
     # policy=muzero only
     q_normalization: Literal["parent_and_siblings", "tree_min_max", "min_max"] = "parent_and_siblings"

@@ -20,12 +20,13 @@ from numba.extending import register_jitable
 
 from distributed_muzero.config import SearchConfig
 from distributed_muzero.search.qtransforms import EPSILON
-from distributed_muzero.search.tree import NONE, ROOT
+from distributed_muzero.search.tree import NONE, ROOT, Tree
 
 SMALLEST_PRIOR = 1e-37  # of a visited action, so that priors of 0 can be averaged with
 
 
 def make_settings(
+    tree: Tree,
     root_logits: np.ndarray,
     legal_mask: np.ndarray,
     root_gumbel: np.ndarray,
@@ -35,19 +36,20 @@ def make_settings(
     """What the rules read, for roots that `plant_roots` has accepted; numbers are of root_logits' [B, A] float type.
 
     A plain tuple, as compiled calls take it quicker than a named one, and a cache of kernels survives changes of it:
-        root_scores    [B, A] g(a) + logit(a) − the row's highest legal logit; −inf where forbidden
+        root_scores    [B, R] g(a) + logit(a) − the row's highest legal logit, by slot; −inf where forbidden
         visits_due     [B, num_simulations] int32, visits so far of the action that each simulation takes
-        weights        [A] room for one node's policy
+        weights        [slots] room for one node's policy
         constants      value_scale, maxvisit_init, rescale_values, use_mixed_value
     """
     logits = np.where(legal_mask, root_logits, -np.inf)
     number = logits.dtype.type
     most_considered = min(config.max_num_considered_actions, legal_mask.shape[1])
     num_considered = np.minimum(legal_mask.sum(axis=1), most_considered)
+    scores = (logits - logits.max(axis=1, keepdims=True) + root_gumbel).astype(logits.dtype)
     return (
-        (logits - logits.max(axis=1, keepdims=True) + root_gumbel).astype(logits.dtype),
+        tree.by_slot(scores, -np.inf),
         visits_due(most_considered, num_simulations)[num_considered - 1],
-        np.empty(legal_mask.shape[1], logits.dtype),
+        np.empty(tree.edges.shape[2], logits.dtype),
         (
             number(config.value_scale),
             number(config.maxvisit_init),
@@ -107,9 +109,19 @@ def select_interior(nodes, edges, q_bounds, settings, row, node):
     return best_action
 
 
+def answers(tree: Tree, settings: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """After the search: π' [B, A] of each root, exactly 0 where forbidden, and the action [B] that halving has ended
+    with."""
+    edges = tree.root_edges
+    weights = np.empty((len(edges), edges.shape[2]), edges.dtype["prior"])
+    slots = np.empty(len(edges), np.int64)
+    write_answers(tree.nodes, edges, settings, weights, slots)
+    return tree.by_action(weights), tree.root_actions(slots)
+
+
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def write_answers(nodes, edges, settings, action_weights, actions):
-    """After the search: π' of each root, exactly 0 where forbidden, and the action that halving has ended with."""
+    """What `answers` tells, by slot."""
     num_rows, _, num_actions = edges.shape
     for row in range(num_rows):
         total = _improve(nodes, edges, settings, row, ROOT, action_weights[row])

@@ -10,9 +10,9 @@ from numpy.typing import DTypeLike
 from distributed_muzero.config import SearchConfig
 from distributed_muzero.errors import ContractError
 from distributed_muzero.search import gumbel, puct
-from distributed_muzero.search.root import NO_NOISE, dirichlet_logits, plant_roots
+from distributed_muzero.search.root import NO_NOISE, check_roots, dirichlet_logits, plant_roots
 from distributed_muzero.search.simulate import Expand, Rule, run_simulations
-from distributed_muzero.search.tree import ROOT, Tree, make_tree
+from distributed_muzero.search.tree import ROOT, Tree, make_narrow_tree, make_tree
 from distributed_muzero.types import SearchResult
 
 MUZERO_RULES = {
@@ -46,10 +46,12 @@ def muzero_search(
     Raises ContractError and NonFiniteError, naming the row and the simulation.
     """
     num_simulations = config.num_simulations if num_simulations is None else num_simulations
-    tree, root_logits, root_values = _make_roots(root_logits, root_values, num_simulations, dtype)
+    tree, root_logits, root_values, legal_mask = _make_roots(
+        root_logits, root_values, legal_mask, num_simulations, config.max_interior_actions, dtype
+    )
     fraction = config.dirichlet_fraction if noise else 0.0
     drawn = dirichlet_logits(root_logits.shape, config.dirichlet_alpha, rng) if fraction > 0 else NO_NOISE
-    plant_roots(tree, root_logits, root_values, np.array(legal_mask, order="C"), drawn, fraction)
+    plant_roots(tree, root_logits, root_values, legal_mask, drawn, fraction)
     run_simulations(
         tree,
         MUZERO_RULES[config.q_normalization],
@@ -84,15 +86,16 @@ def gumbel_search(
     an actor's target: what the values make of the prior, without the noise.
     """
     num_simulations = config.num_simulations if num_simulations is None else num_simulations
-    tree, root_logits, root_values = _make_roots(root_logits, root_values, num_simulations, dtype)
-    legal_mask = np.array(legal_mask, order="C")
+    tree, root_logits, root_values, legal_mask = _make_roots(
+        root_logits, root_values, legal_mask, num_simulations, config.max_interior_actions, dtype
+    )
     plant_roots(tree, root_logits, root_values, legal_mask)
     if root_gumbel is None:
         scale = config.gumbel_scale if noise else 0.0
         root_gumbel = scale * rng.gumbel(size=root_logits.shape) if scale > 0 else np.zeros(root_logits.shape)
     elif np.shape(root_gumbel) != root_logits.shape:
         raise ContractError(f"root_gumbel has shape {np.shape(root_gumbel)}; expected {root_logits.shape}")
-    settings = gumbel.make_settings(root_logits, legal_mask, root_gumbel, num_simulations, config)
+    settings = gumbel.make_settings(tree, root_logits, legal_mask, root_gumbel, num_simulations, config)
     run_simulations(
         tree,
         GUMBEL_RULE,
@@ -102,31 +105,38 @@ def gumbel_search(
         max_depth=config.max_depth,
         q_bounds=np.zeros((len(root_logits), 2), dtype),
     )
-    action_weights = np.empty_like(root_logits)
-    actions = np.empty(len(root_logits), np.int64)
-    gumbel.write_answers(*tree, settings, action_weights, actions)
+    action_weights, actions = gumbel.answers(tree, settings)
     return summarize(tree)._replace(action_weights=action_weights), tree, actions
 
 
 def summarize(tree: Tree) -> SearchResult:
     """The root's answer: π = visits / their sum, ν = the root's search value (decision 9)."""
-    visit_counts = tree.children_visits[:, ROOT].copy()
+    visit_counts = tree.of_root("visits").copy()
     values = tree.node_values[:, ROOT].copy()
     weights = visit_counts / visit_counts.sum(axis=1, keepdims=True)
-    return SearchResult(weights.astype(values.dtype), values, visit_counts, tree.qvalues[:, ROOT].copy())
+    return SearchResult(weights.astype(values.dtype), values, visit_counts, tree.of_root("qvalue").copy())
 
 
 def _make_roots(
-    root_logits: np.ndarray, root_values: np.ndarray, num_simulations: int, dtype: DTypeLike
-) -> tuple[Tree, np.ndarray, np.ndarray]:
-    """An empty tree for these roots, and their own copies of logits [B, A] and values [B]."""
+    root_logits: np.ndarray,
+    root_values: np.ndarray,
+    legal_mask: np.ndarray,
+    num_simulations: int,
+    max_interior_actions: int | None,
+    dtype: DTypeLike,
+) -> tuple[Tree, np.ndarray, np.ndarray, np.ndarray]:
+    """An empty tree for these roots, and their own copies of logits [B, A], values [B] and mask [B, A]."""
     logits, values = np.array(root_logits, dtype, order="C"), np.array(root_values, dtype, order="C")
-    if logits.ndim != 2 or logits.size == 0:
-        raise ContractError(f"root_logits has shape {logits.shape}; expected [B, A], neither of them 0")
+    legal = np.array(legal_mask, order="C")
+    check_roots(logits, values, legal)
     if num_simulations < 1:
         raise ContractError(f"num_simulations is {num_simulations}; expected at least 1")
     batch, num_actions = logits.shape
-    return make_tree(batch, num_actions, num_simulations, dtype), logits, values
+    if max_interior_actions is not None and max_interior_actions < num_actions:
+        tree = make_narrow_tree(legal, max_interior_actions, num_simulations, dtype)
+    else:
+        tree = make_tree(batch, num_actions, num_simulations, dtype)
+    return tree, logits, values, legal
 
 
 def _first_bounds(config: SearchConfig, batch: int, dtype: DTypeLike) -> np.ndarray:

@@ -22,9 +22,26 @@ def plant_roots(
     """Writes the roots:  P = (1 − f) · softmax(root_logits) + f · softmax(noise_logits)  over the legal actions.
 
     Each root has one visit, with the network's value. Logits of forbidden actions are never read.
-    Raises ContractError for wrong shapes or a row without a legal action, NonFiniteError for NaN or Inf.
+    Raises ContractError for a row without a legal action, NonFiniteError for NaN or Inf.
     """
-    batch, num_actions = tree.edges.shape[0], tree.edges.shape[2]
+    bad_row = _write_roots(
+        tree.nodes,
+        tree.root_edges,
+        tree.by_slot(root_logits, 0),
+        root_values,
+        tree.by_slot(legal_mask, False),
+        tree.by_slot(noise_logits, 0) if noise_fraction > 0 else NO_NOISE,
+        noise_fraction,
+    )
+    if bad_row != NONE:
+        raise _bad_root(bad_row, root_logits, root_values, legal_mask)
+
+
+def check_roots(root_logits: np.ndarray, root_values: np.ndarray, legal_mask: np.ndarray) -> None:
+    """Raises ContractError unless they are [B, A], neither of them 0, [B] and [B, A] bool."""
+    if root_logits.ndim != 2 or root_logits.size == 0:
+        raise ContractError(f"root_logits has shape {root_logits.shape}; expected [B, A], neither of them 0")
+    batch, num_actions = root_logits.shape
     if root_values.shape != (batch,):
         raise ContractError(f"root_values has shape {root_values.shape}; expected ({batch},)")
     if legal_mask.shape != (batch, num_actions) or legal_mask.dtype != bool:
@@ -32,11 +49,6 @@ def plant_roots(
             f"legal_mask is {legal_mask.dtype} of shape {legal_mask.shape}; "
             f"expected bool of shape ({batch}, {num_actions})"
         )
-    bad_row = _write_roots(
-        tree.nodes, tree.edges, root_logits, root_values, legal_mask, noise_logits, noise_fraction
-    )
-    if bad_row != NONE:
-        raise _bad_root(bad_row, root_logits, root_values, legal_mask)
 
 
 def dirichlet_logits(shape: tuple[int, int], alpha: float, rng: np.random.Generator) -> np.ndarray:

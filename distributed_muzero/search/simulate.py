@@ -17,7 +17,16 @@ import numpy as np
 from numba.extending import register_jitable
 
 from distributed_muzero.errors import ContractError, NonFiniteError
-from distributed_muzero.search.tree import NONE, ROOT, Tree, attach, backup, write_priors
+from distributed_muzero.search.tree import (
+    NONE,
+    ROOT,
+    Tree,
+    action_of,
+    attach,
+    backup,
+    root_edges_of,
+    write_priors,
+)
 
 
 class Expansion(NamedTuple):
@@ -35,7 +44,7 @@ Expand = Callable[[np.ndarray, np.ndarray, np.ndarray], Expansion]
 
 Answer = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # an Expansion whose discounts are filled in
 
-# select(nodes, edges, q_bounds, settings, row, node) -> action, @register_jitable
+# select(nodes, edges, q_bounds, settings, row, node) -> slot of an edge, @register_jitable
 Select = Callable[..., int]
 
 
@@ -94,6 +103,7 @@ def make_step(rule: Rule, expand: Callable[..., None] = _ask_python) -> Callable
     def step(
         nodes,
         edges,
+        narrow,
         q_bounds,
         settings,
         arrays,
@@ -108,25 +118,29 @@ def make_step(rule: Rule, expand: Callable[..., None] = _ask_python) -> Callable
         """`made` nodes exist, the root among them. Returns -1, or the first row that isn't finite."""
         assert digest >= 0  # keeps the digest in the closure, and so in the cache's key
         num_rows, num_nodes = nodes.shape
+        root_edges = root_edges_of(edges, narrow)
         while True:
             for row in range(num_rows):
                 if made > 1:
-                    parent, action, child = leaves[0, row], leaves[1, row], leaves[2, row]
-                    attach(nodes, row, parent, action, child, values[row], rewards[row], discounts[row])
-                    known = write_priors(edges, row, child, prior_logits)
-                    returns = backup(nodes, edges, q_bounds, track_bounds, row, child)
+                    parent, action, child, slot = leaves[0, row], leaves[1, row], leaves[2, row], leaves[3, row]
+                    attach(
+                        nodes, row, parent, action, slot, child, values[row], rewards[row], discounts[row]
+                    )
+                    known = write_priors(edges, narrow, row, child, prior_logits)
+                    returns = backup(nodes, edges, narrow, q_bounds, track_bounds, row, child)
                     if not (known and np.isfinite(returns)):
                         return row
                 if made < num_nodes:
                     node, depth = ROOT, 1
-                    action = select_first(nodes, edges, q_bounds, settings, row, node)
-                    child = edges[row, node, action].child
+                    slot = select_first(nodes, root_edges, q_bounds, settings, row, node)
+                    child = root_edges[row, node, slot].child
                     while child != NONE and depth < max_depth:
                         node, depth = child, depth + 1
-                        action = select(nodes, edges, q_bounds, settings, row, node)
-                        child = edges[row, node, action].child
-                    leaves[0, row], leaves[1, row] = node, action
+                        slot = select(nodes, edges, q_bounds, settings, row, node)
+                        child = edges[row, node, slot].child
+                    leaves[0, row], leaves[1, row] = node, action_of(narrow, row, node, slot)
                     leaves[2, row] = child if child != NONE else made
+                    leaves[3, row] = slot
             if not goes_on or made == num_nodes:
                 return NONE
             expand(arrays, leaves[0], leaves[1], leaves[2], rewards, values, prior_logits)
@@ -152,21 +166,22 @@ def run_simulations(
     Raises ContractError for a wrong shape and NonFiniteError for NaN or Inf from the model; both name the
     simulation.
     """
-    nodes, edges = tree
-    batch, num_nodes, num_actions = edges.shape
-    leaves = np.empty((3, batch), np.int32)
+    nodes, edges, num_actions, narrow = tree
+    batch, num_nodes = nodes.shape
+    leaves = np.empty((4, batch), np.int32)  # parents, actions, children, slots of the actions
     limit = max_depth or num_nodes
     answer = _empty_answer(batch, num_actions, discount, q_bounds.dtype)
     if isinstance(expand, CompiledExpand) and q_bounds.dtype == np.float32:
-        if expand.room != edges.shape:
+        needed = batch, num_nodes, num_actions
+        if expand.room != needed:
             raise ContractError(
                 f"the model has room for {expand.room} (rows, nodes, actions), and the search needs "
-                f"{edges.shape}; call the model's initial() with this search's rows and nodes"
+                f"{needed}; call the model's initial() with this search's rows and nodes"
             )
         step = make_step(rule, expand.function)
-        bad_row = step(nodes, edges, q_bounds, settings, expand.arrays, leaves, 1, limit, *answer)
+        bad_row = step(nodes, edges, narrow, q_bounds, settings, expand.arrays, leaves, 1, limit, *answer)
     else:
-        step = partial(make_step(rule), nodes, edges, q_bounds, settings, (), leaves)
+        step = partial(make_step(rule), nodes, edges, narrow, q_bounds, settings, (), leaves)
         bad_row, answer = _ask_each_time(step, expand, leaves, num_nodes, limit, answer)
     if bad_row != NONE:
         raise _not_finite(int(nodes[bad_row, ROOT]["visits"]) - 2, bad_row, Expansion(*answer))
@@ -189,7 +204,7 @@ def _ask_each_time(
 
     Returns -1 or the first row that isn't finite, and the model's last answer.
     """
-    parents, actions, children = leaves
+    parents, actions, children, _ = leaves
     rewards, values, prior_logits, discounts = answer
     constant_discounts = discounts
     dtype, row_shape, logits_shape = rewards.dtype, rewards.shape, prior_logits.shape
