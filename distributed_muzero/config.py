@@ -49,20 +49,27 @@ class EnvironmentConfig(Section):
         return self._code_folder
 
 
-# Networks that others register may read any option.
-ONLY_READ_BY = {"mlp": ("embedding_size",), "resnet": ("num_channels", "num_blocks")}
+# Our own networks that read an option which not all of them do; those that others register may read any.
+READ_BY = {
+    "embedding_size": ("mlp", "node_sequence"),
+    "num_channels": ("resnet",),
+    "num_blocks": ("resnet", "node_sequence"),
+    "num_heads": ("node_sequence",),
+}
+OWN_NETWORKS = {name for names in READ_BY.values() for name in names}
 
 
 class NetworkConfig(Section):
-    name: str = (
-        "mlp"  # a name of the networks registry: mlp for vectors, resnet for planes, or one added there
-    )
-    embedding_size: Positive = 64  # mlp
+    # a name of the networks registry: mlp for vectors, resnet for planes, node_sequence for tokens, or one added there
+    name: str = "mlp"
+    embedding_size: Positive = 64  # mlp; node_sequence: of each token
     num_channels: Positive = 64  # resnet: planes of the embedding and of every block
-    num_blocks: Annotated[int, Field(ge=0)] = (
-        2  # resnet: residual blocks of representation and transition, each
-    )
-    hidden_sizes: tuple[Positive, ...] = (64,)  # mlp: of every function; resnet: of the heads
+    # resnet: residual blocks of representation and transition, each; node_sequence: layers of the transition, and one
+    # more are the representation's
+    num_blocks: Annotated[int, Field(ge=0)] = 2
+    num_heads: Positive = 4  # node_sequence: of attention, which share embedding_size
+    # mlp: of every function; resnet: of the heads; node_sequence: of values and rewards
+    hidden_sizes: tuple[Positive, ...] = (64,)
     support_min: int = -20  # ends of the categorical support, in transformed units h(x)
     support_max: int = 20
     support_size: Annotated[int, Field(ge=2)] = 41  # bins, both ends included
@@ -71,14 +78,17 @@ class NetworkConfig(Section):
     def _check(self) -> NetworkConfig:
         if self.support_min >= self.support_max:
             raise ValueError(f"support_min {self.support_min} must be below support_max {self.support_max}")
-        other = {"mlp": "resnet", "resnet": "mlp"}.get(self.name, "")
-        for option in ONLY_READ_BY.get(other, ()):
+        for option, readers in READ_BY.items() if self.name in OWN_NETWORKS else ():
+            value = getattr(self, option)
             # A file that lists every option holds the default, which is no mistake.
-            if (value := getattr(self, option)) != NetworkConfig.model_fields[option].default:
+            if self.name not in readers and value != NetworkConfig.model_fields[option].default:
+                names = " or ".join(readers)
                 raise ValueError(
-                    f"{option} {value} is for {other}, and name is {self.name}; leave it out, or set network.name "
-                    f"to {other}"
+                    f"{option} {value} is for {names}, and name is {self.name}; leave it out, or set network.name "
+                    f"to {names}"
                 )
+        if self.name == "node_sequence" and self.embedding_size % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} must divide embedding_size {self.embedding_size}")
         return self
 
 

@@ -215,7 +215,7 @@ def check_parts(config: Config) -> EnvironmentSpec:
 
     check_name(config.network.name)
     builder = Builder(config, "")
-    check_observations(config.network.name, builder.spec)
+    check_observations(config.network.name, builder.spec, config.environment.history_length)
     if config.evaluator.opponent != "random":
         from distributed_muzero.workers.match_evaluator import make_opponent
 

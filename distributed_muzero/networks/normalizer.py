@@ -31,7 +31,7 @@ class ObservationNormalizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, I] -> [B, I]."""
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and len(x):
             self._update(x.detach().clamp(-LARGEST, LARGEST))
         return ((x - self.mean) * self.scale()).clamp(-LIMIT, LIMIT)
 

@@ -14,6 +14,7 @@ from distributed_muzero.config import NetworkConfig
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import ConfigError
 from distributed_muzero.networks.planes import plane_shape
+from distributed_muzero.networks.tokens import token_layout
 
 if TYPE_CHECKING:
     from distributed_muzero.networks.base import Networks
@@ -23,6 +24,7 @@ GROUP = "distributed_muzero.networks"
 Factory = Callable[[EnvironmentSpec, int, NetworkConfig], "Networks"]
 _own = [
     EntryPoint("mlp", "distributed_muzero.networks.mlp:MLP", GROUP),
+    EntryPoint("node_sequence", "distributed_muzero.networks.node_sequence:NodeSequence", GROUP),
     EntryPoint("resnet", "distributed_muzero.networks.resnet:ResNet", GROUP),
 ]
 _registered: dict[str, Factory] = {}
@@ -45,10 +47,12 @@ def check_name(name: str) -> None:
         raise ConfigError(f"no networks {name!r}; registered: {', '.join(network_names())}")
 
 
-def check_observations(name: str, spec: EnvironmentSpec) -> None:
+def check_observations(name: str, spec: EnvironmentSpec, history_length: int) -> None:
     """Raises ConfigError if our own networks of that name can't read what an environment shows."""
     if name == "resnet":
         plane_shape(spec)
+    elif name == "node_sequence":
+        token_layout(spec, history_length)
 
 
 def make_networks(

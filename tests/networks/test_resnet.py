@@ -310,9 +310,11 @@ def test_a_board_and_its_best_moves_are_learnt():
 
 
 def test_options_of_the_other_network_are_refused():
-    with pytest.raises(ConfigError, match=r"embedding_size 32 is for mlp, and name is resnet"):
+    with pytest.raises(
+        ConfigError, match=r"embedding_size 32 is for mlp or node_sequence, and name is resnet"
+    ):
         make_config({"network": {"name": "resnet", "embedding_size": 32}})
-    with pytest.raises(ConfigError, match=r"num_blocks 3 is for resnet, and name is mlp"):
+    with pytest.raises(ConfigError, match=r"num_blocks 3 is for resnet or node_sequence, and name is mlp"):
         make_config({"network": {"num_blocks": 3}})
     with pytest.raises(ConfigError, match=r"num_channels"):
         make_config({"network": {"name": "resnet", "num_channels": 0}})
