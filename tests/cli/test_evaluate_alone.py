@@ -113,7 +113,8 @@ MISTAKES = {
     "other observations": (
         ("chain", "--env", "chain"),  # whose own length is 10
         "chain shows observations (10,) float32, actions (3,), 1 player; the networks of run chain (mlp) were trained "
-        "on chain, with observations (7,) float32, actions (3,), 1 player: expected an environment that is shaped like it",
+        "on chain, with observations (7,) float32, actions (3,), 1 player: expected an environment that is "
+        "shaped like it",
     ),
     "another game": (("cart", "--env", "Acrobot-v1"), "Acrobot-v1 shows observations (6,) float32, actions (3,)"),
     "a search without one": (
