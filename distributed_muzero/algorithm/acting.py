@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from distributed_muzero.algorithm.planning import DEFAULT_DISCOUNT, as_array, legal_mask, plan_and_decide
+from distributed_muzero.algorithm.planning import DEFAULT_DISCOUNT, as_array, legal_mask, plan_batch
 from distributed_muzero.config import SearchConfig
 from distributed_muzero.errors import ContractError, EnvironmentFailure, NonFiniteError
 from distributed_muzero.networks.base import as_networks
 from distributed_muzero.networks.inference import SearchModel, make_search_model
+from distributed_muzero.search.tree import Tree
 from distributed_muzero.types import Episode, SearchResult, Step
 
 
@@ -185,6 +186,7 @@ class Decision(NamedTuple):
     legal_masks: np.ndarray  # [B, A] bool
     result: SearchResult
     actions: np.ndarray  # [B] to be played
+    tree: Tree
     seconds: float  # that the search took
 
 
@@ -229,7 +231,7 @@ def decide(
     signed_discount = -discount if games[0].alternates else discount
     began = time.perf_counter()
     try:
-        result, actions = plan_and_decide(
+        plan = plan_batch(
             model,
             observations,
             legal,
@@ -243,9 +245,10 @@ def decide(
         at = ", ".join(f"{row}: {len(game.actions)}, {game.seed}" for row, game in enumerate(games))
         raise NonFiniteError(f"{error} (row: step, seed of its game = {at})") from None
     seconds = time.perf_counter() - began
+    actions = plan.actions
     if actions is None:
-        actions = choose_actions(result.visit_counts, temperature, rng)
-    return Decision(legal, result, actions, seconds)
+        actions = choose_actions(plan.result.visit_counts, temperature, rng)
+    return Decision(legal, plan.result, actions, plan.tree, seconds)
 
 
 def choose_actions(visit_counts: np.ndarray, temperature: float, rng: np.random.Generator) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +14,20 @@ from distributed_muzero.errors import ContractError, NonFiniteError
 from distributed_muzero.networks.base import as_networks
 from distributed_muzero.networks.inference import SearchModel, make_search_model
 from distributed_muzero.search.policies import gumbel_search, muzero_search
+from distributed_muzero.search.tree import Tree
 from distributed_muzero.types import SearchResult
 
 DEFAULT_DISCOUNT = 0.99
+
+
+class Plan(NamedTuple):
+    """What one batched search over B roots came to."""
+
+    result: SearchResult
+    actions: (
+        np.ndarray | None
+    )  # [B] to play, where the search policy decides for one, as Gumbel MuZero's does
+    tree: Tree
 
 
 def planning(
@@ -54,7 +65,7 @@ def planning(
         discount,
         rng=rng,
         noise=noise,
-    )
+    ).result
     policy = torch.from_numpy(result.action_weights[0].reshape(mask_array.shape))
     return float(result.root_values[0]), policy
 
@@ -69,32 +80,8 @@ def plan_batch(
     rng: np.random.Generator | None,
     noise: bool,
     num_simulations: int | None = None,
-) -> SearchResult:
+) -> Plan:
     """The batched search that actors, evaluator and planning() share: observations [B, N, *O], masks [B, A] bool."""
-    return plan_and_decide(
-        model,
-        observations,
-        legal_masks,
-        config,
-        discount,
-        rng=rng,
-        noise=noise,
-        num_simulations=num_simulations,
-    )[0]
-
-
-def plan_and_decide(
-    model: SearchModel,
-    observations: np.ndarray,
-    legal_masks: np.ndarray,
-    config: SearchConfig,
-    discount: float,
-    *,
-    rng: np.random.Generator | None,
-    noise: bool,
-    num_simulations: int | None = None,
-) -> tuple[SearchResult, np.ndarray | None]:
-    """`plan_batch`, and the action [B] to play if the search policy decides for one, as Gumbel MuZero's does."""
     if noise and rng is None:
         raise ContractError(
             "noise=True needs rng, a numpy.random.Generator, so that the search can be repeated"
@@ -110,14 +97,14 @@ def plan_and_decide(
     roots = root_logits, root_values, legal_masks, model.expand, config
     rng = rng if rng is not None else np.random.default_rng(0)
     if config.policy == "gumbel":
-        result, _, actions = gumbel_search(
+        result, tree, actions = gumbel_search(
             *roots, discount=discount, rng=rng, noise=noise, num_simulations=num_simulations
         )
-        return result, actions
-    result, _ = muzero_search(
+        return Plan(result, actions, tree)
+    result, tree = muzero_search(
         *roots, discount=discount, rng=rng, noise=noise, num_simulations=num_simulations
     )
-    return result, None
+    return Plan(result, None, tree)
 
 
 def as_array(x: Any) -> np.ndarray:

@@ -55,7 +55,7 @@ def refresh(
                 rng=rng,
                 noise=noise,
                 num_simulations=num_simulations,
-            )
+            ).result
         except NonFiniteError as error:
             raise NonFiniteError(f"{error} (row 0 is {histories.name(rows[0])})") from None
         policies[part] = result.action_weights

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distributed_muzero.cli import checkpoints, options
+from distributed_muzero.cli.elsewhere import in_environment
+from distributed_muzero.cli.envs import parse_kwargs
 from distributed_muzero.cli.opponents import load_side, make_opponent, with_search
 from distributed_muzero.errors import ConfigError
 
@@ -46,10 +48,25 @@ def evaluate(
         typer.Option("--exact", help="Ask for a move in every position of a small openspiel: game instead."),
     ] = False,
     no_search: Annotated[
-        bool, typer.Option("--no-search", help="Play by the networks' policy alone, in a game for two.")
+        bool,
+        typer.Option(
+            "--no-search", help="Play the legal move with the highest prior, by the networks alone."
+        ),
     ] = False,
     episodes: Annotated[
         int | None, typer.Option(min=1, help="Games to play, in an environment for one; 20 unless given.")
+    ] = None,
+    env: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID", help="Play here instead of in the run's own environment; it must be shaped alike."
+        ),
+    ] = None,
+    env_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="YAML", help="For --env, such as '{max_moves: 30}'; the run's own aren't used there."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Where the games' starts come from.")] = 10_000,
     simulations: Annotated[int | None, typer.Option(min=1, help="In place of the run's own.")] = None,
@@ -73,7 +90,11 @@ def evaluate(
         raise ConfigError(
             f"--games {games}: expected an even number, as each start is played with both colours"
         )
+    if env is None and env_kwargs is not None:
+        raise ConfigError(f"--env-kwargs {env_kwargs} are for the environment that --env ID names; name it")
     folder = with_search(open_to_read(run, runs_dir, exclude=("replay",)), simulations, search_policy)
+    if env is not None:
+        folder = in_environment(folder, env, parse_kwargs(env_kwargs or "{}"))
     players = num_players(folder)
     check_players(
         folder.config.environment.id,
@@ -84,7 +105,6 @@ def evaluate(
             "--games": games,
             "--opening-plies": opening_plies,
             "--exact": exact,
-            "--no-search": no_search,
         },
     )
     show: Callable[[dict[str, Any]], None] = print_result
@@ -106,7 +126,7 @@ def evaluate(
         )
         result["seed"] = seed
     else:
-        result = evaluate_alone(folder, episodes or EPISODES, (seed,), checkpoint)
+        result = evaluate_alone(folder, episodes or EPISODES, (seed,), checkpoint, no_search)
     if as_json:
         print(json.dumps(result))
         return
@@ -150,31 +170,33 @@ def evaluate_run(folder: RunFolder, seeds: Sequence[int]) -> dict[str, Any]:
     section = folder.config.evaluator
     folder = with_search(folder, section.num_simulations, None)
     if num_players(folder) == 1:
-        return evaluate_alone(folder, section.num_episodes, seeds, checkpoints.BEST)
+        return evaluate_alone(folder, section.num_episodes, seeds, checkpoints.BEST, False)
     num_games = section.num_episodes + section.num_episodes % 2
     return evaluate_against(folder, section.opponent, num_games, seeds, checkpoints.BEST, False, None, "")
 
 
 def evaluate_alone(
-    folder: RunFolder, num_episodes: int, seeds: Sequence[int], checkpoint: str
+    folder: RunFolder, num_episodes: int, seeds: Sequence[int], checkpoint: str, without_search: bool
 ) -> dict[str, Any]:
-    """Whole games in an environment for one: their returns. Raises CheckpointError."""
+    """Whole games in an environment for one: their returns, how many were won where that is a matter, and who played
+    how. Raises CheckpointError."""
     from distributed_muzero.workers.builder import Builder
 
     saved = checkpoints.load_checkpoint(folder, checkpoint)
     evaluator = Builder(folder.config, folder.name).evaluator()
     evaluator.load(saved)
     try:
-        result = evaluator.evaluate(num_episodes, seeds)
+        result = evaluator.evaluate(num_episodes, seeds, 0 if without_search else None)
     finally:
         evaluator.close()
     search = folder.config.search
     return {
         **result,
         "run": folder.name,
+        "environment": folder.config.environment.id,
         "checkpoint": saved.path.name,
-        "simulations": search.num_simulations,
-        "search_policy": search.policy,
+        "simulations": 0 if without_search else search.num_simulations,
+        "search_policy": None if without_search else search.policy,
     }
 
 
@@ -258,14 +280,9 @@ def evaluate_everywhere(
 
 def print_result(result: Mapping[str, Any]) -> None:
     """Of games against an opponent, or alone."""
-    if "opponent" in result:
-        from distributed_muzero.cli.evaluate_view import print_match
+    from distributed_muzero.cli.evaluate_view import describe_alone, print_match
 
+    if "opponent" in result:
         print_match(result)
     else:
-        print(
-            f"evaluation of {result['checkpoint']} (weights version {result['weights_version']}), "
-            f"{result['episodes']} games without noise, {result['simulations']} simulations "
-            f"({result['search_policy']}): "
-            f"mean return {result['mean_return']:.1f} ± {result['std_return']:.1f}"
-        )
+        print(describe_alone(result))

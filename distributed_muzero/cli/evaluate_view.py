@@ -72,6 +72,16 @@ def print_exact(result: Mapping[str, Any], rules: Any) -> None:
     console.print(f"{result['seconds']:.1f} s", highlight=False)
 
 
+def describe_alone(result: Mapping[str, Any]) -> str:
+    """Games in an environment for one, in a line."""
+    solved = f", {result['solved']:.1%} solved" if "solved" in result else ""
+    return (
+        f"evaluation of {who(result)}, weights version {result['weights_version']}, in {result['environment']}: "
+        f"{result['episodes']} games without noise, mean return {result['mean_return']:.2f} ± "
+        f"{result['std_return']:.2f}{solved}"
+    )
+
+
 def who(result: Mapping[str, Any]) -> str:
     searched = result["simulations"]
     manner = f"{searched} simulations, {result['search_policy']}" if searched else "without a search"

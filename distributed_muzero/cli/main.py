@@ -23,6 +23,7 @@ from distributed_muzero.cli import (
     play,
     plot,
     replay,
+    solve,
     train,
     watch,
 )
@@ -46,6 +47,7 @@ app.command("stop")(cluster.stop)
 app.command("runs")(cluster.runs)
 app.command("evaluate")(evaluate.evaluate)
 app.command("play")(play.play)
+app.command("solve")(solve.solve)
 app.command("plot")(plot.plot)
 app.command("diagnose")(diagnose.diagnose)
 app.add_typer(envs.app, name="envs")

@@ -21,6 +21,7 @@ ROWS = (
     ("mean return", "mean_return", ""),
     ("evaluation", "evaluation", ""),
     ("score", "score", ""),
+    ("solved", "solved", ""),
     ("Elo", "elo", ""),
     ("samples/insert", "samples_per_insert", ""),
     ("shards", "shards", ""),

@@ -83,6 +83,7 @@ _ALL = (
     Metric("eval/mean_return", "evaluation_return_mean", "return", "mean return of the last evaluation, without noise"),
     Metric("eval/std_return", "evaluation_return_stddev", "return", "standard deviation of the last evaluation's returns"),
     Metric("eval/score", "evaluation_score", "1", "points a game of the last evaluation against its opponent: a win 1, a draw 0.5; of two players"),
+    Metric("eval/solved", "evaluation_solved", "1", "share of the last evaluation's games that were won; of one player, where a game is won or not"),
     Metric("eval/elo", "evaluation_elo", "Elo points", "rating of the last evaluation by games against earlier checkpoints, of which the first has 0; of two players"),
     Metric("league/members", "league_members", "checkpoints", "earlier checkpoints that the next evaluation meets; of two players"),
     Metric("league/lost_members", "league_lost_members", "checkpoints", "members of the league whose checkpoint was gone or damaged", "counter"),
@@ -90,7 +91,7 @@ _ALL = (
 # fmt: on
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
-OF_AN_EVALUATION = ("mean_return", "std_return", "score", "elo")
+OF_AN_EVALUATION = ("mean_return", "std_return", "score", "solved", "elo")
 
 
 def metric_of(name: str) -> tuple[Metric, str]:
@@ -109,7 +110,7 @@ def metric_of(name: str) -> tuple[Metric, str]:
 
 
 def evaluation_metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """An evaluation's numbers by their recorded names; a game of one player has neither score nor Elo."""
+    """An evaluation's numbers by their recorded names; a game of one player has neither score nor Elo, one of two no `solved`."""
     return {f"eval/{name}": float(evaluation[name]) for name in OF_AN_EVALUATION if name in evaluation}
 
 

@@ -92,6 +92,7 @@ def fields(metrics: Mapping[str, float], limits: RunConfig) -> list[tuple[str, s
         ("return", show("rollout/ep_rew_mean")),
         ("evaluation", show("eval/mean_return", limit=limits.stop_at_return)),
         *(row for row in of_two_players if "eval/score" in metrics),
+        *([("solved", show("eval/solved"))] if "eval/solved" in metrics else ()),
         ("loss", show("train/loss")),
         ("value", show("train/value_loss")),
         ("reward", show("train/reward_loss")),

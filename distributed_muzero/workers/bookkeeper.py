@@ -354,6 +354,7 @@ class Bookkeeper:
             "mean_return": metrics.get("rollout/ep_rew_mean"),
             "evaluation": state.evaluation and state.evaluation["mean_return"],
             "score": state.evaluation and state.evaluation.get("score"),
+            "solved": state.evaluation and state.evaluation.get("solved"),
             "elo": state.evaluation and state.evaluation.get("elo"),
             "losses": {
                 name.partition("/")[2]: value

@@ -11,6 +11,7 @@ from distributed_muzero.algorithm.acting import Game, act
 from distributed_muzero.checkpoint import Checkpoint
 from distributed_muzero.config import Config
 from distributed_muzero.environments.base import Environment
+from distributed_muzero.matches.players import PriorPlayer
 from distributed_muzero.networks.base import Networks
 from distributed_muzero.networks.inference import SearchModel
 from distributed_muzero.workers.actor import PolicyModel
@@ -67,7 +68,9 @@ class Evaluator:
     ) -> dict[str, Any]:
         """Plays games whose starts follow from `seeds`: mean_return, std_return, returns, episodes, weights_version.
 
-        num_simulations: in place of the config's. Two evaluations share their games only if they share their seeds.
+        Where the environments are Winnable, also `solved`, the share of the games that were won.
+        num_simulations: in place of the config's; 0 plays by the prior alone, in games for one player. Two evaluations
+        share their games only if they share their seeds.
         """
         assert self.model.search_model is not None, "set_weights() comes first"
         while len(self._environments) < num_episodes:
@@ -81,11 +84,18 @@ class Evaluator:
             "returns": returns,
             "episodes": num_episodes,
             "weights_version": self.model.version,
+            **share_solved(environments),
         }
 
     def close(self) -> None:
         for env in self._environments:
             env.close()
+
+
+def share_solved(environments: Sequence[Environment]) -> dict[str, float]:
+    """`solved`: the share of the games that were won, all of them over; nothing where winning is not a matter."""
+    won = [getattr(env, "won", None) for env in environments]
+    return {} if None in won else {"solved": float(np.mean([bool(one) for one in won]))}
 
 
 def play_greedily(
@@ -97,22 +107,27 @@ def play_greedily(
 ) -> list[Game]:
     """A game in each environment, all in lockstep, at temperature 0 and without noise; `seeds` say how they start.
 
-    num_simulations: in place of the config's.
+    num_simulations: in place of the config's; 0: the legal action with the highest prior, without a search.
     """
     rng = np.random.default_rng([*seeds, SEED_STREAM])
+    by_prior = PriorPlayer("prior", model)
     history = config.environment.history_length
     games = [Game(env, history, int(rng.integers(2**31))) for env in environments]
     playing = games
     while playing:
-        act(
-            playing,
-            model,
-            config.search,
-            config.algorithm.discount,
-            0.0,
-            noise=False,
-            rng=rng,
-            num_simulations=num_simulations,
-        )
+        if num_simulations == 0:
+            for game, action in zip(playing, by_prior.choose(playing, rng), strict=True):
+                game.move(action)
+        else:
+            act(
+                playing,
+                model,
+                config.search,
+                config.algorithm.discount,
+                0.0,
+                noise=False,
+                rng=rng,
+                num_simulations=num_simulations,
+            )
         playing = [game for game in playing if not game.is_over]
     return games

@@ -136,7 +136,7 @@ def test_planning_equals_the_same_row_inside_a_batch():
     legal = np.stack([[True, pile > 1] for pile in piles.ravel()])
     result = plan_batch(
         make_search_model(nim_networks()), piles, legal, SearchConfig(), -1.0, rng=None, noise=False
-    )
+    ).result
     for row, pile in enumerate(piles):
         value, policy = planning(
             *nim_functions(), torch.from_numpy(pile), torch.from_numpy(legal[row]), discount=-1.0
@@ -158,7 +158,7 @@ def test_planning_with_our_networks_equals_their_row_inside_a_batch(q_normalizat
     config = SearchConfig(num_simulations=12, q_normalization=q_normalization)
     batch = plan_batch(
         make_search_model(networks), observations, np.ones((5, 4), bool), config, 0.9, rng=None, noise=False
-    )
+    ).result
     for row in range(5):
         value, policy = planning(
             *networks.functions,

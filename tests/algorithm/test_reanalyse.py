@@ -55,7 +55,7 @@ def history_at(episode, t, history_length):
 def searched_alone(model, episode, t, history_length, discount):
     observations = history_at(episode, t, history_length)[None]
     legal_mask = episode.legal_masks[t][None]
-    return plan_batch(model, observations, legal_mask, SEARCH, discount, rng=None, noise=False)
+    return plan_batch(model, observations, legal_mask, SEARCH, discount, rng=None, noise=False).result
 
 
 @pytest.mark.parametrize("history_length", [1, 4])
@@ -217,7 +217,7 @@ def test_a_history_may_be_longer_than_the_game():
     model = history_model()
     alone = plan_batch(
         model, history_at(episode, 0, 6)[None], episode.legal_masks, SEARCH, 0.9, rng=None, noise=False
-    )
+    ).result
     np.testing.assert_array_equal(policies, alone.action_weights)
     final = np.float32(model.initial(history_at(episode, 1, 6)[None], 1)[0][0])
     assert root_values.tolist() == [alone.root_values[0], final]

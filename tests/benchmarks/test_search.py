@@ -73,7 +73,7 @@ def test_a_search_of_a_recording_is_the_search_that_was_recorded(policy, batch):
     config = SearchConfig(policy=policy, num_simulations=12)
 
     def plan(model):
-        return plan_batch(model, observations, legal, config, 0.997, rng=None, noise=False)
+        return plan_batch(model, observations, legal, config, 0.997, rng=None, noise=False).result
 
     for result in (plan(recording), plan(recording), plan(recording)):
         for ours, theirs in zip(result, plan(model), strict=True):

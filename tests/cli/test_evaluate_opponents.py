@@ -244,7 +244,6 @@ MISTAKES = {
     ),
     "every position for one": (("cart", "--exact"), "--exact is for two players"),
     "games for one": (("cart", "--games", "4"), "How many games are played, --episodes says"),
-    "no search for one": (("cart", "--no-search"), "--no-search is for two players"),
     "episodes for two": (("one", "--episodes", "4"), "--episodes is for one player"),
     "an opponent in every position": (
         ("one", "--exact", "--opponent", "random", "--games", 4),

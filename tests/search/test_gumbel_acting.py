@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distributed_muzero import acting, planning
-from distributed_muzero.algorithm.planning import plan_and_decide, plan_batch
+from distributed_muzero.algorithm.planning import plan_batch
 from distributed_muzero.algorithm.reanalyse import refresh
 from distributed_muzero.config import SearchConfig
 from distributed_muzero.networks.base import FunctionNetworks
@@ -59,7 +59,9 @@ def test_actions_are_drawn_as_the_improved_policy_says():
 def test_planning_equals_the_same_row_inside_a_batch():
     piles = np.arange(1, 9, dtype=np.float32)[:, None, None]
     legal = np.stack([[True, pile > 1] for pile in piles.ravel()])
-    batch = plan_batch(make_search_model(nim_networks()), piles, legal, GUMBEL, -1.0, rng=None, noise=False)
+    batch = plan_batch(
+        make_search_model(nim_networks()), piles, legal, GUMBEL, -1.0, rng=None, noise=False
+    ).result
     for row, pile in enumerate(piles):
         value, policy = planning(
             *nim_functions(),
@@ -77,8 +79,8 @@ def test_muzero_leaves_the_action_to_the_temperature():
     model = make_search_model(nim_networks())
     for policy, decides in (("muzero", False), ("gumbel", True)):
         config = SearchConfig(policy=policy)
-        _, actions = plan_and_decide(model, observations, legal, config, -1.0, rng=None, noise=False)
-        assert (actions is not None) == decides
+        plan = plan_batch(model, observations, legal, config, -1.0, rng=None, noise=False)
+        assert (plan.actions is not None) == decides
 
 
 def test_a_perfect_model_finds_the_better_action_with_two_simulations():
@@ -129,5 +131,5 @@ def test_the_benchmarks_other_side_plans_as_ours_does():
     config = SearchConfig(policy="gumbel", num_simulations=20, gumbel_scale=0.0)
     theirs = make_mctx_search(networks, config, 0.997)(observations, 0)
     model, legal = make_search_model(networks), np.ones((8, networks.num_actions), bool)
-    ours = plan_batch(model, observations, legal, config, 0.997, rng=None, noise=False)
+    ours = plan_batch(model, observations, legal, config, 0.997, rng=None, noise=False).result
     np.testing.assert_allclose(np.asarray(theirs), ours.action_weights, atol=1e-3)

@@ -59,7 +59,7 @@ def test_every_position_of_the_small_game_is_judged_by_the_one_to_move(policy, s
         -1.0,
         rng=None,
         noise=False,
-    )
+    ).result
     np.testing.assert_allclose(result.qvalues[0], qvalues, atol=0.5 if state == 0 else 0)
     assert result.action_weights[0].argmax() == best
 

@@ -1,0 +1,68 @@
+"""A run's networks in another environment than the one they were trained in (`evaluate --env`, `solve`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from distributed_muzero.config import make_config
+from distributed_muzero.errors import EnvironmentFailure
+
+if TYPE_CHECKING:
+    from distributed_muzero.environments.base import EnvironmentSpec
+    from distributed_muzero.run_folder import RunFolder
+    from distributed_muzero.workers.builder import Builder
+
+
+def in_environment(folder: RunFolder, id: str, kwargs: Mapping[str, Any]) -> RunFolder:
+    """The same run, playing in another environment, with these kwargs and no others; all else as its config says.
+
+    Raises ConfigError for kwargs that none can have, UnknownEnvironmentError, and EnvironmentFailure for kwargs that
+    the environment refuses or for an environment that the run's networks can't play in.
+    """
+    from distributed_muzero.workers.builder import Builder
+
+    section = {**folder.config.environment.model_dump(), "id": id, "kwargs": dict(kwargs)}
+    environment = make_config({"environment": section}).environment
+    there = replace(folder, config=folder.config.model_copy(update={"environment": environment}))
+    check_fits(Builder(folder.config, folder.name), Builder(there.config, folder.name))
+    return there
+
+
+def check_fits(own: Builder, other: Builder) -> None:
+    """Raises EnvironmentFailure unless networks for the environment of `own` can play in that of `other`.
+
+    Observations and actions must be shaped alike; of sequences of tokens only the length may differ, and that only if
+    the weights don't depend on it.
+    """
+    if own.spec._replace(id="") == other.spec._replace(id=""):
+        return
+    if _without_length(own.spec) == _without_length(other.spec) and _shapes(own) == _shapes(other):
+        return
+    raise EnvironmentFailure(
+        f"{other.config.environment.id} shows {_facts(other.spec)}; the networks of run {own.run_name} "
+        f"({own.config.network.name}) were trained on {own.config.environment.id}, with {_facts(own.spec)}: expected "
+        "an environment that is shaped like it"
+    )
+
+
+def _without_length(spec: EnvironmentSpec) -> EnvironmentSpec:
+    """Of sequences [L, C] with actions [L, R], all but L."""
+    if not spec.token_columns:
+        return spec._replace(id="")
+    return spec._replace(
+        id="", observation_shape=spec.observation_shape[1:], action_shape=spec.action_shape[1:]
+    )
+
+
+def _shapes(builder: Builder) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in builder.networks().state_dict().items()}
+
+
+def _facts(spec: EnvironmentSpec) -> str:
+    tokens = ", ".join(column.name for column in spec.token_columns)
+    return (
+        f"observations {spec.observation_shape} {spec.observation_dtype}{f' of {tokens}' if tokens else ''}, actions "
+        f"{spec.action_shape}, {spec.num_players} player{'s' if spec.num_players > 1 else ''}"
+    )
