@@ -209,12 +209,13 @@ def run_training(
 
 
 def check_parts(config: Config) -> EnvironmentSpec:
-    """That the environment, networks and opponent of a run can be made. Raises ConfigError and EnvironmentFailure."""
+    """That environments, networks and opponent of a run can be made. Raises ConfigError and EnvironmentFailure."""
     from distributed_muzero.networks.registry import check_name, check_observations
     from distributed_muzero.workers.builder import Builder
 
     check_name(config.network.name)
     builder = Builder(config, "")
+    builder.check_stages()
     check_observations(config.network.name, builder.spec)
     if config.evaluator.opponent != "random":
         from distributed_muzero.workers.match_evaluator import make_opponent
