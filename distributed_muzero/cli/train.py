@@ -196,7 +196,7 @@ def run_training(
     # What can't be made must not leave a run's folder behind.
     spec = check_parts(config)
     check_port(config.metrics)
-    check_datasets([dataset_path(dataset) for dataset in datasets], spec)
+    check_datasets([dataset_path(dataset) for dataset in datasets], spec, config)
 
     def change(stored: Config) -> Config:
         return with_shards(config, stored.replay.num_shards) if keeps_shards else config
