@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
@@ -57,6 +57,38 @@ READ_BY = {
     "num_heads": ("node_sequence",),
 }
 OWN_NETWORKS = {name for names in READ_BY.values() for name in names}
+
+
+class StageConfig(Section):
+    id: str | None = None  # none = environment.id
+    kwargs: dict[str, Any] = {}  # over those of environment.kwargs, key by key
+
+
+class CurriculumConfig(Section):
+    # environments for training, in rising order, of one spec and for one player; empty = `environment` alone.
+    # Evaluations play what `environment` names
+    stages: tuple[StageConfig, ...] = ()
+    promote_at: Annotated[float, Field(gt=0, le=1)] = (
+        0.95  # share of won games over a window: the next stage comes
+    )
+    demote_at: Fraction = 0.6  # below it over a window, the stage before comes back; 0 = never
+    window: Annotated[int, Field(gt=0, le=10_000)] = (
+        100  # games of the present stage, the last ones, that count
+    )
+    share_of_earlier: Fraction = (
+        0.2  # of the games that begin: in any of the earlier stages, which aren't forgotten
+    )
+    won_at_return: float | None = (
+        None  # a game is won from this return on; none = the environment's own `won`
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CurriculumConfig:
+        if self.demote_at >= self.promote_at:
+            raise ValueError(f"demote_at {self.demote_at} must be below promote_at {self.promote_at}")
+        if self.stages and self.share_of_earlier == 1:
+            raise ValueError("share_of_earlier 1 leaves no game to the present stage: it must be below 1")
+        return self
 
 
 class NetworkConfig(Section):
@@ -269,6 +301,7 @@ class RunConfig(Section):
 
 class Config(Section):
     environment: EnvironmentConfig = EnvironmentConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
     network: NetworkConfig = NetworkConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     search: SearchConfig = SearchConfig()
@@ -279,6 +312,15 @@ class Config(Section):
     evaluator: EvaluatorConfig = EvaluatorConfig()
     metrics: MetricsConfig = MetricsConfig()
     run: RunConfig = RunConfig()
+
+    @property
+    def stages(self) -> tuple[EnvironmentConfig, ...]:
+        """The environment of each stage of the curriculum; without one, `environment` is the only stage."""
+        base = self.environment
+        return tuple(
+            base.model_copy(update={"id": stage.id or base.id, "kwargs": {**base.kwargs, **stage.kwargs}})
+            for stage in self.curriculum.stages
+        ) or (base,)
 
     @property
     def is_offline(self) -> bool:
@@ -379,7 +421,9 @@ def _explain(detail: Any) -> str:
         return f"{path}: {problem}; got {detail['input']!r}" if path else problem
     fields: Mapping[str, Any] = Config.model_fields
     for part in detail["loc"][:-1]:
-        fields = fields[str(part)].annotation.model_fields
+        if isinstance(part, str):  # else a place in a list
+            annotation = fields[part].annotation
+            fields = next(iter(get_args(annotation)), annotation).model_fields
     return f"unknown key {path!r}{_suggest(str(detail['loc'][-1]), fields)}. Known here: {', '.join(fields)}"
 
 

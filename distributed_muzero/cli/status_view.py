@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from distributed_muzero.cli.watch_view import stage_text
+
 # Label -> keys of a status, with their units; see Bookkeeper.write_status.
 ROWS = (
     ("env steps", "env_steps", ""),
@@ -59,6 +61,8 @@ def status_table(status: Mapping[str, Any]) -> Table:
     if actors := status.get("actors"):
         more = [f"{actors[name]} {name}" for name in ("pending", "draining") if actors[name]]
         table.add_row("actors", ", ".join([f"{actors['live']} of {actors['desired']} live", *more]))
+    if curriculum := status.get("curriculum"):
+        table.add_row("stage", stage_text(curriculum))
     for label, key, unit in ROWS:
         if status.get(key) is not None:
             table.add_row(label, _text(status[key]) + unit)

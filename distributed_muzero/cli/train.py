@@ -196,7 +196,7 @@ def run_training(
     # What can't be made must not leave a run's folder behind.
     spec = check_parts(config)
     check_port(config.metrics)
-    check_datasets([dataset_path(dataset) for dataset in datasets], spec)
+    check_datasets([dataset_path(dataset) for dataset in datasets], spec, config)
 
     def change(stored: Config) -> Config:
         return with_shards(config, stored.replay.num_shards) if keeps_shards else config
@@ -209,12 +209,13 @@ def run_training(
 
 
 def check_parts(config: Config) -> EnvironmentSpec:
-    """That the environment, networks and opponent of a run can be made. Raises ConfigError and EnvironmentFailure."""
+    """That environments, networks and opponent of a run can be made. Raises ConfigError and EnvironmentFailure."""
     from distributed_muzero.networks.registry import check_name, check_observations
     from distributed_muzero.workers.builder import Builder
 
     check_name(config.network.name)
     builder = Builder(config, "")
+    builder.check_stages()
     check_observations(config.network.name, builder.spec, config.environment.history_length)
     if config.evaluator.opponent != "random":
         from distributed_muzero.workers.match_evaluator import make_opponent

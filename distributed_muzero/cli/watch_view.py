@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from distributed_muzero.observability.progress import number
+from distributed_muzero.observability.progress import number, share
 
 Status = Mapping[str, Any]  # Bookkeeper.write_status makes it; an older version's, or an early one, has less
 
@@ -122,6 +122,8 @@ def progress_rows(status: Status, trails: Trails) -> list[tuple[str, str, str, s
     rows.append(("episodes", number(status.get("episodes")), "", ""))
     for label, key in (("mean return", "mean_return"), ("evaluation", "evaluation")):
         rows.append((label, number(status.get(key)), "", trails.sparkline(key)))
+    if curriculum := status.get("curriculum"):
+        rows.append(("stage", stage_text(curriculum), "", ""))
     for label, key in (
         ("score", "score"),
         ("Elo", "elo"),
@@ -221,6 +223,12 @@ def restarts(status: Status) -> str:
 def lost_games(status: Status) -> str:
     counts = (("undelivered", "undelivered_episodes"), ("rejected", "rejected_episodes"))
     return ", ".join(f"{number(status[key])} {name}" for name, key in counts if status.get(key) is not None)
+
+
+def stage_text(curriculum: Mapping[str, Any]) -> str:
+    """`2 of 5, won 87%`."""
+    won, stage = curriculum.get("win_rate"), f"{curriculum['stage']} of {curriculum['num_stages']}"
+    return stage if won is None else f"{stage}, won {share(won)}"
 
 
 def copy_text(copy: Mapping[str, Any]) -> str:

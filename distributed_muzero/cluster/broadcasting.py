@@ -101,7 +101,7 @@ class Crew:
         packed = ray.get(version, timeout=STEP_SECONDS)
         offered = time.monotonic()
         waiting = [
-            actor.play.remote(packed.number, weights, packed.learner_steps, 0.0) for actor in self.actors
+            actor.play.remote(packed.number, weights, packed.learner_steps, 0, 0.0) for actor in self.actors
         ]
         held = []
         while waiting:

@@ -295,7 +295,8 @@ class Driver:
             return  # the first weights are still on their way; _publish starts everybody
         version, steps, weights = self.published
         seconds = max(PLAY_SECONDS, len(self.actors) / MAX_PLAY_CALLS)
-        call = role.handle.play.remote(version, weights, steps, seconds)
+        stage = self.book.curriculum.stage
+        call = role.handle.play.remote(version, weights, steps, stage, seconds)
         has_played = role.working_since is not None
         timeout = self.config.actor.timeout_seconds if has_played else CALL_TIMEOUT_SECONDS
         self._call(role, call, partial(self._on_play, role), timeout)

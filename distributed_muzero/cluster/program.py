@@ -161,8 +161,11 @@ class ActorWorker:
     def ready(self) -> None:
         """Answers as soon as there is a process."""
 
-    def play(self, version: int, weights: np.ndarray, learner_step: int, seconds: float) -> ActorReport:
+    def play(
+        self, version: int, weights: np.ndarray, learner_step: int, stage: int, seconds: float
+    ) -> ActorReport:
         self.actor.set_weights(version, weights, learner_step)
+        self.actor.set_stage(stage)
         deadline = time.monotonic() + seconds
         report = self.actor.play(self.outbox, lambda: time.monotonic() >= deadline, time.sleep)
         self.metrics.add_report(report)

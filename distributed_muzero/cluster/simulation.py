@@ -153,7 +153,7 @@ class ActorHost:
             self._actors.setdefault(index, self._make(index))
 
     def play(
-        self, index: int, version: int, weights: np.ndarray, learner_step: int, seconds: float
+        self, index: int, version: int, weights: np.ndarray, learner_step: int, stage: int, seconds: float
     ) -> ActorReport:
         actor = self._actors[index]
         with actor.lock:

@@ -85,6 +85,9 @@ _ALL = (
     Metric("eval/score", "evaluation_score", "1", "points a game of the last evaluation against its opponent: a win 1, a draw 0.5; of two players"),
     Metric("eval/solved", "evaluation_solved", "1", "share of the last evaluation's games that were won; of one player, where a game is won or not"),
     Metric("eval/elo", "evaluation_elo", "Elo points", "rating of the last evaluation by games against earlier checkpoints, of which the first has 0; of two players"),
+    Metric("curriculum/stage", "curriculum_stage", "stages", "present stage of the curriculum, from 1"),
+    Metric("curriculum/stages", "curriculum_stages", "stages", "stages that the curriculum has"),
+    Metric("curriculum/win_rate", "curriculum_win_rate", "1", "share of won games among the last ones of the present stage, with noise"),
     Metric("league/members", "league_members", "checkpoints", "earlier checkpoints that the next evaluation meets; of two players"),
     Metric("league/lost_members", "league_lost_members", "checkpoints", "members of the league whose checkpoint was gone or damaged", "counter"),
 )

@@ -81,6 +81,10 @@ def fields(metrics: Mapping[str, float], limits: RunConfig) -> list[tuple[str, s
         return number(metrics.get(name)) + unit + (f" of {number(limit)}{unit}" if limit is not None else "")
 
     minutes = limits.max_minutes
+    of_a_curriculum = (
+        ("stage", show("curriculum/stage", limit=metrics.get("curriculum/stages"))),
+        ("won", share(metrics.get("curriculum/win_rate"))),
+    )
     of_two_players = (("score", show("eval/score")), ("Elo", show("eval/elo")))
     return [
         ("time", show("time/seconds", " s", minutes and 60 * minutes)),
@@ -90,6 +94,7 @@ def fields(metrics: Mapping[str, float], limits: RunConfig) -> list[tuple[str, s
         ("learner steps", show("train/learner_steps", limit=limits.max_train_steps)),
         ("learner steps/s", show("train/learner_steps_per_second")),
         ("return", show("rollout/ep_rew_mean")),
+        *(row for row in of_a_curriculum if "curriculum/stage" in metrics),
         ("evaluation", show("eval/mean_return", limit=limits.stop_at_return)),
         *(row for row in of_two_players if "eval/score" in metrics),
         *([("solved", show("eval/solved"))] if "eval/solved" in metrics else ()),
@@ -121,6 +126,11 @@ def live_table(metrics: Mapping[str, float], limits: RunConfig) -> Table:
     for row in range(num_rows):
         grid.add_row(*(text for column in shown[row::num_rows] for text in column))
     return grid
+
+
+def share(value: float | None) -> str:
+    """87%; a dash for None."""
+    return "–" if value is None else f"{value:.0%}"
 
 
 def number(value: float | None) -> str:

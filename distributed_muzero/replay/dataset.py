@@ -51,18 +51,21 @@ _TAIL_BYTES = 8  # length of the footer, magic
 
 
 class Facts(NamedTuple):
-    """What must be equal for episodes to be learnt from together."""
+    """What decides whether episodes can be learnt from together."""
 
-    environment_id: str
+    environment_ids: tuple[str, ...]  # sorted; a run with a curriculum may have several
     observation_shape: tuple[int, ...]
     observation_dtype: str
     num_actions: int
 
     def __str__(self) -> str:
         return (
-            f"{self.environment_id} with observations {self.observation_shape} {self.observation_dtype} "
+            f"{', '.join(self.environment_ids)} with observations {self.observation_shape} {self.observation_dtype} "
             f"and {self.num_actions} actions"
         )
+
+    def with_environments(self, *ids: str) -> Facts:
+        return self._replace(environment_ids=tuple(sorted({*self.environment_ids, *ids})))
 
 
 class DatasetInfo(NamedTuple):
@@ -87,7 +90,7 @@ class ImportCounts(NamedTuple):
 def write_dataset(
     path: Path, episodes: Iterable[StoredEpisode], row_group_bytes: int = ROW_GROUP_BYTES
 ) -> DatasetInfo:
-    """Writes episodes of one environment to a .parquet file, all or nothing; an old file is replaced.
+    """Writes episodes of one run to a .parquet file, all or nothing; an old file is replaced.
 
     Holds about `row_group_bytes` of episodes at a time. Raises RunError for no episodes, for episodes that don't
     fit together, and for a disk that refuses.
@@ -119,7 +122,9 @@ def _write(path: Path, episodes: Iterator[StoredEpisode], row_group_bytes: int) 
     ) as writer:
         for group in _groups(itertools.chain([first], episodes), row_group_bytes):
             for stored in group:
-                _check_facts(f"episode {stored.episode.episode_id}", _facts_of(stored.episode), facts)
+                found = _facts_of(stored.episode)
+                facts = facts.with_environments(*found.environment_ids)
+                _check_facts(f"episode {stored.episode.episode_id}", found, facts)
             writer.write_batch(_to_columns(group, schema))
             num_episodes += len(group)
             num_transitions += sum(stored.episode.num_steps for stored in group)
@@ -221,6 +226,7 @@ def _info_to_json(info: DatasetInfo) -> bytes:
     fields = {
         "format_version": FORMAT_VERSION,
         **info.facts._asdict(),
+        "environment_id": ", ".join(info.facts.environment_ids),  # for versions that know of one only
         "num_episodes": info.num_episodes,
         "num_transitions": info.num_transitions,
         "package_version": info.package_version,
@@ -241,7 +247,7 @@ def _info_from_json(path: Path, data: bytes) -> DatasetInfo:
             "export it again with this version"
         )
     facts = Facts(
-        fields["environment_id"],
+        tuple(fields.get("environment_ids") or [fields["environment_id"]]),
         tuple(fields["observation_shape"]),
         fields["observation_dtype"],
         fields["num_actions"],
@@ -359,10 +365,13 @@ def never() -> bool:
     return False
 
 
-def check_datasets(paths: Sequence[Path], spec: EnvironmentSpec) -> list[Source]:
-    """What they are made of. Raises RunError for one that can't be read or is of another environment."""
+def check_datasets(paths: Sequence[Path], spec: EnvironmentSpec, config: Config) -> list[Source]:
+    """What they are made of. Raises RunError for one that can't be read or is of another environment.
+
+    spec: of the run's environment; those of its curriculum's stages fit, too.
+    """
     sources = [source for path in paths for source in open_sources(path)]
-    expected = _facts_of_spec(spec)
+    expected = _facts_of_spec(spec).with_environments(*(stage.id for stage in config.stages))
     for source in sources:
         _check_facts(str(source.path), source.facts, expected)
     return sources
@@ -377,7 +386,7 @@ def import_datasets(
     for one that doesn't fit the builder's environment, LogError while the run goes on. When a stop is requested, what
     was counted is stored, and the rest isn't.
     """
-    sources = check_datasets(paths, builder.spec)
+    sources = check_datasets(paths, builder.spec, builder.config)
     num_shards = builder.config.replay.num_shards
     _check_nobody_writes(folder, builder.config)
     with ExitStack() as stack:
@@ -461,16 +470,16 @@ def _sum_rejects(shards: Sequence[Shard]) -> Counter[str]:
 def _facts_of(episode: Episode) -> Facts:
     observations = episode.observations
     return Facts(
-        episode.environment_id, observations.shape[1:], str(observations.dtype), episode.policies.shape[1]
+        (episode.environment_id,), observations.shape[1:], str(observations.dtype), episode.policies.shape[1]
     )
 
 
 def _facts_of_spec(spec: EnvironmentSpec) -> Facts:
     return Facts(
-        spec.id, tuple(spec.observation_shape), str(np.dtype(spec.observation_dtype)), spec.num_actions
+        (spec.id,), tuple(spec.observation_shape), str(np.dtype(spec.observation_dtype)), spec.num_actions
     )
 
 
 def _check_facts(what: str, facts: Facts, expected: Facts) -> None:
-    if facts != expected:
+    if facts.with_environments(*expected.environment_ids) != expected:
         raise RunError(f"{what} doesn't fit: it is of {facts}; expected {expected}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from distributed_muzero.networks.base import Networks
 from distributed_muzero.networks.flat import FlatWeights
 from distributed_muzero.networks.inference import SearchModel, make_search_model
 from distributed_muzero.types import Episode
+from distributed_muzero.workers.curriculum import Begun, ResultsInOrder, draw_stage, is_won
+from distributed_muzero.workers.environment_pool import EnvironmentPool
 from distributed_muzero.workers.outbox import Outbox
 from distributed_muzero.workers.run_state import ActorReport
 
@@ -53,25 +56,36 @@ class PolicyModel:
         self.version = version
 
 
+class Playing(NamedTuple):
+    """A game that goes on, and what it was begun as."""
+
+    game: Game
+    begun: Begun
+
+
 class Actor:
     """Plays and hands over finished episodes. Everything random comes from its seed."""
 
     def __init__(
         self,
-        make_env: Callable[[], Environment],
+        make_envs: Sequence[Callable[[], Environment]],
         networks: Networks,
         config: Config,
         run_name: str,
         index: int,
         incarnation: int,
     ):
+        """make_envs: of each stage of the curriculum; a run without one has one stage."""
         self.config = config
         self.model = PolicyModel(networks)
         self.learner_step = 0
         self._name = f"{run_name}/{index}/{incarnation}"
         self._rng = np.random.default_rng([config.run.seed, index, incarnation])
-        self._environments = [make_env() for _ in range(config.actor.envs_per_actor)]
-        self._games = [self._start(env) for env in self._environments]
+        self.stage = 0
+        num_games = config.actor.envs_per_actor
+        self._pool = EnvironmentPool(make_envs, max_idle=num_games)
+        self._results = ResultsInOrder(group=num_games)
+        self._playing: list[Playing] = []
         self._num_finished = 0
         self.search_seconds = 0.0  # so far
 
@@ -79,6 +93,10 @@ class Actor:
         """Newer weights and the learner's step, which the temperature schedule follows."""
         self.model.set_weights(version, weights)
         self.learner_step = max(self.learner_step, learner_step)
+
+    def set_stage(self, stage: int) -> None:
+        """The curriculum's present stage, from 0, for games that begin from now on; those that go on are finished."""
+        self.stage = stage
 
     @property
     def temperature(self) -> float:
@@ -89,8 +107,10 @@ class Actor:
         """One step of every game; returns the episodes that ended. A finished game's place starts a new one."""
         model = self.model.search_model
         assert model is not None, "set_weights() comes first"
+        while len(self._playing) < self.config.actor.envs_per_actor:
+            self._playing.append(self._start())
         self.search_seconds += act(
-            self._games,
+            [playing.game for playing in self._playing],
             model,
             self.config.search,
             self.config.algorithm.discount,
@@ -99,10 +119,10 @@ class Actor:
             rng=self._rng,
         )
         finished = []
-        for place, game in enumerate(self._games):
-            if game.is_over:
-                finished.append(self._finish(game, model))
-                self._games[place] = self._start(self._environments[place])
+        for place, playing in enumerate(self._playing):
+            if playing.game.is_over:
+                finished.append(self._finish(playing, model))
+                self._playing[place] = self._start()
         return finished
 
     def play(
@@ -115,7 +135,7 @@ class Actor:
         """Steps and delivers until `is_over()`. While the shards hold it back, it waits instead of playing."""
         report = ActorReport(weights_version=self.model.version)
         start, searched = clock(), self.search_seconds
-        num_games, num_simulations = len(self._games), self.config.search.num_simulations
+        num_games, num_simulations = self.config.actor.envs_per_actor, self.config.search.num_simulations
         wait_seconds = FIRST_WAIT_SECONDS
 
         def deliver() -> None:
@@ -138,6 +158,7 @@ class Actor:
                 report.returns.append(episode.episode_return)
                 report.lengths.append(episode.num_steps)
                 outbox.put(episode)
+            report.results += self._results.take()
             report.env_steps += num_games
             report.simulations += num_games * num_simulations
             if len(outbox) >= FLUSH_EPISODES:
@@ -151,10 +172,14 @@ class Actor:
         return report
 
     def close(self) -> None:
-        for env in self._environments:
-            env.close()
+        self._pool.close()
 
-    def _start(self, env: Environment) -> Game:
+    def _start(self) -> Playing:
+        stage = draw_stage(self.stage, self.config.curriculum.share_of_earlier, self._rng)
+        env = self._pool.take(stage)
+        return Playing(self._start_game(env), self._results.begin(stage))
+
+    def _start_game(self, env: Environment) -> Game:
         seed = int(self._rng.integers(2**31))
         history_length, longest = self.config.environment.history_length, self.config.actor.opening_plies
         if longest:
@@ -166,10 +191,15 @@ class Actor:
                     return game
         return Game(env, history_length, seed)
 
-    def _finish(self, game: Game, model: SearchModel) -> Episode:
+    def _finish(self, playing: Playing, model: SearchModel) -> Episode:
+        game, begun = playing
         # A time limit is no ending: the final observation is worth what the network says (decision 3).
         final_value = float(model.initial(game.history[None], 1)[0][0]) if game.truncated else 0.0
         self._num_finished += 1
-        return game.episode(
-            f"{self._name}/{self._num_finished}", self.config.environment.id, self.model.version, final_value
+        environment_id = self.config.stages[begun.stage].id
+        episode = game.episode(
+            f"{self._name}/{self._num_finished}", environment_id, self.model.version, final_value
         )
+        begun.won = is_won(game.env, episode.episode_return, self.config.curriculum.won_at_return)
+        self._pool.give_back(begun.stage, game.env)
+        return episode

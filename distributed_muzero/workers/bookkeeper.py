@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from distributed_muzero.observability.metrics import evaluation_metrics
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.observability.recorder import Recorder
 from distributed_muzero.run_folder import AT_WORK, FIRST_LAUNCH, Launch, RunFolder, now_text
+from distributed_muzero.workers.curriculum import Change, Curriculum
 from distributed_muzero.workers.league import League
 from distributed_muzero.workers.run_copy import Copies, interval_seconds
 from distributed_muzero.workers.run_state import ActorReport, Crew, LearnerReport, RunState, Version
@@ -45,25 +47,41 @@ class Stand(NamedTuple):
     weights_version: int
 
 
-def read_stand(folder: RunFolder, tell: Callable[[str], None]) -> Stand:
+class Known(NamedTuple):
+    """What earlier launches wrote down last; empty where there is nothing."""
+
+    checkpoint: Mapping[str, Any]
+    status: Mapping[str, Any]
+
+    @property
+    def stand(self) -> Stand:
+        def last(name: str) -> int:
+            return max(counts.get(name, 0) for counts in self)
+
+        steps = self.checkpoint.get("learner_steps", 0)
+        return Stand(last("env_steps"), last("episodes"), steps, last("weights_version"))
+
+    @property
+    def curriculum(self) -> Mapping[str, Any] | None:
+        """As `Curriculum.state` gave it; the status is the newer one."""
+        return self.status.get("curriculum") or self.checkpoint.get("curriculum")
+
+
+def read_known(folder: RunFolder, tell: Callable[[str], None]) -> Known:
     """Where earlier launches left a run. Raises CheckpointError if no checkpoint is intact."""
     saved = checkpoint.latest_checkpoint(folder.checkpoints)
-    known: list[Mapping[str, Any]] = [saved.state] if saved else []
+    status = None
     try:
-        known.append(folder.read_status() or {})
+        status = folder.read_status()
     except RunError as error:
         tell(str(error))
-
-    def last(name: str) -> int:
-        return max((counts.get(name, 0) for counts in known), default=0)
-
-    return Stand(last("env_steps"), last("episodes"), saved.step if saved else 0, last("weights_version"))
+    return Known(saved.state if saved else {}, status or {})
 
 
 def why_over(folder: RunFolder) -> str | None:
     """Which limit or goal a run has reached before it is launched again, in words; changes nothing."""
     best = best_so_far(folder)
-    stand = read_stand(folder, lambda _: None)
+    stand = read_known(folder, lambda _: None).stand
     return why_over_by(folder.config.run, {**stand._asdict(), "evaluation": best and best.mean_return})
 
 
@@ -106,6 +124,7 @@ class Bookkeeper:
         self.folder = folder
         self.progress = progress
         self.state = RunState(config.run, clock)
+        self.curriculum = Curriculum(config)
         self.league = League(folder, config.evaluator.league_size, progress.message)
         self._clock = clock
         self._recorder = Recorder(folder)
@@ -165,9 +184,12 @@ class Bookkeeper:
         self.folder.reserve_versions(self.launch, end)
 
     def _go_on(self) -> None:
-        stand = read_stand(self.folder, self.progress.message)
+        known = read_known(self.folder, self.progress.message)
+        stand = known.stand
         self.evaluated_step = self._saved_step = stand.learner_steps
         self.state.restore(*stand)
+        if known.curriculum:
+            self.curriculum.restore(known.curriculum)
         best = best_so_far(self.folder)
         if best is not None:
             self._best_return = best.mean_return
@@ -186,10 +208,18 @@ class Bookkeeper:
     def add_actor_report(self, report: ActorReport) -> None:
         """Counts what an actor did. A refusal is shown once for each kind of it."""
         self.state.add_actor_report(report)
+        for change in filter(None, starmap(self.curriculum.record, report.results)):
+            self._tell_of_stage(change)
         kind = report.last_rejection.partition(":")[0]
         if kind and kind not in self._shown_rejections:
             self._shown_rejections.add(kind)
             self.progress.message(report.last_rejection)
+
+    def _tell_of_stage(self, change: Change) -> None:
+        self.progress.message(
+            f"curriculum: {change.won:.0%} of the last {change.num_games} games of stage {change.before + 1} were won; "
+            f"stage {change.stage + 1} of {self.curriculum.num_stages} is next, {self.curriculum.name(change.stage)}"
+        )
 
     def add_learner_report(self, report: LearnerReport) -> None:
         self.state.add_learner_report(report)
@@ -241,6 +271,8 @@ class Bookkeeper:
             "checkpoint/age_seconds": self._clock() - self._last_checkpoint,
             "disk/free_bytes": shutil.disk_usage(self.folder.path).free,
         }
+        if self.config.curriculum.stages:
+            metrics.update(self.curriculum.metrics())
         if self.league.members or self.league.num_lost:
             metrics["league/members"] = len(self.league.members)
             metrics["league/lost_members"] = self.league.num_lost
@@ -289,6 +321,7 @@ class Bookkeeper:
                 "episodes": self.state.episodes,
                 "shards": list(self._shards),
                 "config": self.config.model_dump(mode="json"),
+                "curriculum": self._curriculum_state(),
             },
         )
         self._last_checkpoint = self._clock()
@@ -297,6 +330,10 @@ class Bookkeeper:
         spared = {self.evaluated_step, *self.league.steps}
         checkpoint.prune_checkpoints(self.folder.checkpoints, self.config.learner.keep_checkpoints, spared)
         return path
+
+    def _curriculum_state(self) -> dict[str, Any] | None:
+        """None where the config asks for none."""
+        return self.curriculum.state() if self.config.curriculum.stages else None
 
     def begin_evaluation(self, learner_steps: int) -> None:
         """The checkpoint of so many steps is being evaluated from now on."""
@@ -356,6 +393,7 @@ class Bookkeeper:
             "score": state.evaluation and state.evaluation.get("score"),
             "solved": state.evaluation and state.evaluation.get("solved"),
             "elo": state.evaluation and state.evaluation.get("elo"),
+            "curriculum": self._curriculum_state(),
             "losses": {
                 name.partition("/")[2]: value
                 for name, value in state.learner.metrics.items()

@@ -45,6 +45,7 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
         while True:
             for actor, outbox in zip(actors, outboxes, strict=True):
                 actor.set_weights(*learner.weights(), learner.num_steps)
+                actor.set_stage(book.curriculum.stage)
                 book.add_actor_report(actor.play(outbox, iter((False, True)).__next__, no_sleep))
             for reanalyser in reanalysers:
                 reanalyser.set_weights(*learner.weights())

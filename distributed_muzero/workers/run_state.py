@@ -31,6 +31,8 @@ class ActorReport:
     weights_version: int = -1  # played with last
     returns: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    # (stage that it was begun in, won) of games that ended, in the order in which they began
+    results: list[tuple[int, bool]] = field(default_factory=list)
     last_rejection: str = ""
 
 

@@ -135,7 +135,7 @@ def test_the_file_says_what_it_holds(tmp_path):
     written = write_dataset(path, stored([*episodes(3), *episodes(1, num_steps=4, first=3)]))
     assert read_info(path) == written
     assert (written.num_episodes, written.num_transitions) == (4, 34)
-    assert written.facts == ("made-up", (2,), "float32", 3)
+    assert written.facts == (("made-up",), (2,), "float32", 3)
     column = pq.read_metadata(path).row_group(0).column(0)
     assert column.compression == "ZSTD"
 
@@ -494,3 +494,18 @@ def test_out_and_in_again_is_the_same_dataset(tmp_path):
     shutil.copy(tmp_path / "a.parquet", tmp_path / "copy.parquet")
     assert_same(read_dataset(tmp_path / "copy.parquet"), episodes(20))
     json.dumps(replay_stats(tmp_path / "b"), allow_nan=False)
+
+
+def test_episodes_of_a_curriculums_stages_travel_together(tmp_path):
+    stages = [SPEC, SPEC._replace(id="harder")]
+    played = [
+        episode for number, spec in enumerate(stages) for episode in episodes(2, first=2 * number, spec=spec)
+    ]
+    written = write_dataset(tmp_path / "both.parquet", stored(played))
+    assert written == read_info(tmp_path / "both.parquet")
+    assert written.facts.environment_ids == ("harder", "made-up")
+    sections = {"actor": {"num_actors": 0}, "curriculum": {"stages": [{"id": "made-up"}, {"id": "harder"}]}}
+    counts = import_datasets([tmp_path / "both.parquet"], tmp_path / "replay", Parts(make_config(sections)))
+    assert counts.stored == 4
+    with pytest.raises(RunError, match=r"both\.parquet doesn't fit"):
+        import_datasets([tmp_path / "both.parquet"], tmp_path / "other", parts())

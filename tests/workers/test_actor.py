@@ -271,7 +271,7 @@ def test_mean_and_deviation_are_those_of_the_returns():
 def test_evaluator_and_actor_work_with_any_environment_factory():
     builder = make_builder("chain")
     for worker in (
-        Actor(ChainEnvironment, builder.networks(), builder.config, "run", 0, 0),
+        Actor([ChainEnvironment], builder.networks(), builder.config, "run", 0, 0),
         Evaluator(ChainEnvironment, builder.networks(), builder.config),
     ):
         worker.close()
