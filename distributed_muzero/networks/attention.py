@@ -25,13 +25,13 @@ class Layers(nn.Module):
         super().__init__()
         self.distances = nn.Parameter(torch.zeros(2 * BUCKETS_EACH_WAY, num_heads))
         self.relations = nn.Parameter(torch.zeros(num_relations, num_heads)) if num_relations else None
-        self.layers = nn.ModuleList(Layer(width, num_heads) for _ in range(num_layers))
+        self.of_depth = nn.ModuleList(Layer(width, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, is_open: Tensor, relations: Tensor | None = None) -> Tensor:
         """is_open [B, 1 + S]: 0 for what nobody may look at.   relations [B, S, S, num_relations] of 0 and 1."""
         bias = self.bias(is_open, relations)
-        for layer in self.layers:
+        for layer in self.of_depth:
             x = layer(x, bias)
         return self.norm(x)
 

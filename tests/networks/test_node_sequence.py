@@ -11,6 +11,7 @@ from distributed_muzero.errors import ConfigError
 from distributed_muzero.networks.flat import FlatWeights
 from distributed_muzero.networks.node_sequence import SPARE_SLOTS, NodeSequence
 from distributed_muzero.networks.registry import check_observations, make_networks
+from distributed_muzero.networks.sequence_inference import SequenceInference, exponentiate
 from distributed_muzero.networks.torch_inference import TorchInference
 from tests.tokens import COLUMNS, Seek, random_observations, token_spec
 
@@ -326,3 +327,36 @@ def make_row(rng):
     returns, rewards = np.zeros((2, 2), np.float32)
     returns[:], rewards[0] = (left, left - 1), game.step(action)[0]
     return observation[None], policies, np.array([action, 0]), returns, rewards
+
+
+@pytest.mark.parametrize(("batch", "longest"), [(1, 1), (5, 12), (33, 9)])
+@pytest.mark.parametrize(
+    "options", [{"num_blocks": 0}, {"num_blocks": 1}, {"num_blocks": 2, "num_heads": 2}], ids=str
+)
+def test_inference_without_torch_gives_the_answers_of_the_module(batch, longest, options):
+    spec = token_spec(12)
+    networks = make_sequence(spec, hidden_sizes=(8, 4), **options)
+    observations = random_observations(spec, batch, longest)
+    fast, slow = SequenceInference(networks), TorchInference(networks)
+    num_nodes = 5
+    for ours, theirs in zip(
+        fast.initial(observations, num_nodes), slow.initial(observations, num_nodes), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    rng = np.random.default_rng(0)
+    for child in range(1, num_nodes):  # each row goes on from a node of its own choice
+        parents = rng.integers(0, child, batch).astype(np.int32)
+        actions = rng.integers(0, spec.num_actions, batch).astype(np.int32)
+        children = np.full(batch, child, np.int32)
+        ours, theirs = fast.expand(parents, actions, children), slow.expand(parents, actions, children)
+        np.testing.assert_allclose(ours.rewards, theirs.rewards, rtol=1e-4, atol=2e-5)
+        np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-4, atol=2e-5)
+        np.testing.assert_allclose(ours.prior_logits, theirs.prior_logits, rtol=1e-4, atol=2e-5)
+
+
+def test_the_exponential_is_exact_in_float32():
+    numbers = np.concatenate([np.linspace(-86, 0, 1001), [-1e9]]).astype(np.float32)
+    x, powers = numbers.copy() + 1, np.empty_like(numbers)
+    exponentiate(x, np.ones_like(x), powers, powers.view(np.int32))
+    np.testing.assert_allclose(x[:-1], np.exp(numbers[:-1].astype(np.float64)), rtol=1e-5)
+    assert x[-1] < 1e-37
