@@ -109,12 +109,18 @@ def find_run(run: str | None, runs_dir: str) -> RunFolder:
 
 
 def with_problem(folder: RunFolder, problem: str, env: str | None, max_moves: int | None) -> RunFolder:
-    """The same run in an environment of this one problem, with room for it. Raises as `in_environment` does, and
-    ConfigError for an environment that isn't mathy's."""
+    """The same run in an environment of this one problem, with room for it.
+
+    Raises as `in_environment` does, and ConfigError for an equation or an environment that isn't mathy's.
+    """
     from distributed_muzero.environments.registry import make_environment
     from distributed_muzero.workers.builder import Builder
     from distributed_muzero.workers.solving import room_for
 
+    if "=" in problem:
+        raise ConfigError(
+            f"{problem!r} is an equation; expected an expression to simplify, such as '4x + 2x + 7 - 3'"
+        )
     own = folder.config.environment
     id = own.id if env is None else env
     if not is_mathys(id):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 WIDEST = 60  # that the column of expressions may get; longer ones push the rest to the right
 ROOM = 12  # that it begins with beyond the problem's length, so that most steps stand in line
+TREE_ROOM = 24  # that names of actions take besides
 HARDER = "more --simulations, the other --search-policy, or a run that was trained for longer"
 REASONS = {
     "moves": f"no moves are left; try --max-moves, {HARDER}",
@@ -28,26 +29,27 @@ class View:
 
     def __init__(self, problem: str, console: Console | None = None):
         self.console = console or Console()
-        # The value of an expression stays; of an equation, what solves it.
-        self._sign = "⇔" if "=" in problem else "="
         self._problem = problem
         self._width = min(len(problem) + ROOM, WIDEST)
         self._num_steps = 0
 
     def introduce(self, title: str, search: SearchConfig) -> None:
         self._say(Text(f"{title}, {search.num_simulations} simulations ({search.policy})", "dim"))
-        self._say(Text(f"  {self._problem}", "bold"))
+        columns = f"{'value':>7}  rule: applied to"
+        self._say(Text.assemble((f"  {self._problem:{self._width}}", "bold"), (columns, "dim")))
 
     def tell(self, step: Step) -> None:
         """A step, and below it what its search tried, if it holds that."""
         self._num_steps += 1
         self._width = max(self._width, min(len(step.expression), WIDEST))
-        line = Text()
-        line.append(f"{self._sign} {step.expression:{self._width}}", "bold")
-        line.append(f"  {step.rule}", "cyan")
-        line.append(f": {step.node}")
-        line.append(f"  value {step.value:+.2f}", "dim")
-        self._say(line)
+        self._say(
+            Text.assemble(
+                (f"= {step.expression:{self._width}}", "bold"),
+                (f"{step.value:+7.2f}  ", "dim"),
+                (step.rule, "cyan"),
+                f": {step.node}",
+            )
+        )
         self._tell_branches(step.tree, 1)
 
     def tell_end(self, solved: bool, end: str | None) -> None:
@@ -60,13 +62,9 @@ class View:
 
     def _tell_branches(self, branches: Sequence[Branch], level: int) -> None:
         for branch in branches:
-            self._say(
-                Text(
-                    f"{'    ' * level}{branch.action}   {branch.visits} visits, prior {branch.prior:.0%}, "
-                    f"Q {branch.qvalue:+.2f}",
-                    "dim",
-                )
-            )
+            action = "    " * level + branch.action
+            numbers = f"visits {branch.visits:5}  prior {branch.prior:4.0%}  Q {branch.qvalue:+6.2f}"
+            self._say(Text(f"{action:{self._width + TREE_ROOM}}  {numbers}", "dim"))
             self._tell_branches(branch.branches, level + 1)
 
     def _say(self, text: Text) -> None:
