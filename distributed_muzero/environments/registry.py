@@ -1,7 +1,7 @@
 """From an id to an environment: own ones, families by prefix, installed ones (entry points), code by its path,
 Gymnasium's.
 
-Gymnasium, OpenSpiel and PettingZoo are imported on first use only, torch and ray never.
+Gymnasium, OpenSpiel, PettingZoo and mathy are imported on first use only, torch and ray never.
 """
 
 from __future__ import annotations
@@ -45,6 +45,12 @@ _FAMILIES = {
         "distributed_muzero.environments.pettingzoo",
         "pip install 'distributed_muzero[pettingzoo]'",
         "connect_four_v3",
+    ),
+    "mathy": Family(
+        "mathy_envs",
+        "distributed_muzero.environments.mathy",
+        "pip install 'distributed_muzero[mathy]'",
+        "poly-easy",
     ),
 }
 

@@ -1,0 +1,259 @@
+"""Mathy's environments, behind the `Environment` protocol: `mathy:poly-easy` and 23 others.
+
+An expression such as 4x + 2x + 7 is rewritten by rules of algebra, each applied to one of its nodes, until nothing is
+left to simplify (or what else the topic asks for).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from mathy_core import expressions as ex
+from mathy_core.parser import ExpressionParser
+from mathy_core.util import get_terms
+from mathy_envs.env import MathyEnv
+from mathy_envs.state import MathyEnvState, MathyEnvStateStep
+from mathy_envs.types import MathyEnvProblem, MathyEnvProblemArgs
+
+from distributed_muzero.config import EnvironmentConfig
+from distributed_muzero.environments.base import EnvironmentSpec
+from distributed_muzero.environments.mathy_games import (
+    Options,
+    make_rules,
+    read_name,
+    read_options,
+    trainable_games,
+)
+from distributed_muzero.environments.mathy_moves import Moves, Tree
+from distributed_muzero.environments.mathy_problems import draw_problem
+from distributed_muzero.environments.mathy_rewards import judge
+from distributed_muzero.environments.mathy_tokens import (
+    OF_THE_GAME,
+    OF_TOKENS,
+    columns_of,
+    describe_game,
+    describe_nodes,
+    in_order,
+)
+from distributed_muzero.errors import EnvironmentFailure, first_line
+
+__all__ = ["MathyEnvironment", "make", "trainable_games"]
+
+
+class MathyEnvironment:
+    """One topic in one difficulty: rewrite an expression until the topic's aim is reached.
+
+    Observation [max_nodes, C]: a row for each node of the expression in order, columns as in mathy_tokens.
+    Actions (max_nodes, R): the rule r at the token t is t · R + r; rules in the order of mathy's own list.
+
+    Rewards, aims and limits are mathy's own: more than 1 for reaching the aim, and the more the sooner; -1 for running
+    out of moves, or for a fourth visit to one expression; ±0.01 for a move, less for coming back. Two endings are
+    added, both losses: an expression of more than max_nodes nodes, and one to which no rule applies.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        mathy: MathyEnv,
+        arguments: MathyEnvProblemArgs,
+        options: Options,
+        max_episode_steps: int,
+    ):
+        self._mathy, self._arguments, self._options = mathy, arguments, options
+        self._max_episode_steps = max_episode_steps
+        self._moves = Moves(mathy.rules)
+        self._parser = ExpressionParser()
+        columns = columns_of(mathy.rules)
+        self.spec = EnvironmentSpec(
+            id=id,
+            observation_shape=(options.max_nodes, len(columns)),
+            observation_dtype=np.dtype(np.float32),
+            action_shape=(options.max_nodes, len(mathy.rules)),
+            token_columns=columns,
+        )
+        self._problem = None if options.problem is None else self._read_problem(options.problem)
+        self._state: Any = None  # a MathyEnvState
+        self._counts: Counter[str] = Counter()  # how often each text came up
+        self._visits = 0
+        self._nodes: Tree = []
+        self._mask = np.zeros(self.spec.action_shape, bool)
+        self._rows = np.zeros(self.spec.observation_shape, np.float32)
+        self._num_steps = 0
+        self._truncated = False
+        self.end: str | None = None  # why it is over: won, moves, visits, nodes or stuck
+
+    def initial_state(self, seed: int | None = None) -> np.ndarray:
+        problem = self._problem or self._draw(seed)
+        self._mathy.parser.clear_cache()
+        self._state = MathyEnvState(
+            problem=problem.text,
+            max_moves=self._options.max_moves or self._mathy.max_moves_fn(problem, self._arguments),
+            num_rules=self._num_rules,
+            problem_type=problem.type,
+        )
+        self._counts = Counter([problem.text])
+        self._num_steps, self._truncated, self.end = 0, False, None
+        self._enter(*in_order(self._parse(problem.text)))
+        return self._observe()
+
+    def step(self, action: int) -> tuple[float, np.ndarray, bool]:
+        if self._state is None or self.end is not None or self._truncated:
+            raise self._failure("step() without a game: call initial_state() first, also after a game's end")
+        token, rule = divmod(int(action), self._num_rules)
+        if not (0 <= token < len(self._nodes) and self._mask[token, rule]):
+            raise self._failure(f"action {action} is forbidden here")
+        self._num_steps += 1
+        before = self.expression
+        try:
+            with np.errstate(all="ignore"):  # mathy sets numpy's, and leaves it at that
+                reward = self._move(token, rule)
+        except Exception as error:
+            name = self._mathy.rules[rule].name.lower()
+            raise self._failure(
+                f"mathy fails at {name} of token {token} in {before}: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        self._truncated = self.end is None and self._num_steps >= self._max_episode_steps
+        return reward, self._observe(), self.end is not None or self._truncated
+
+    def mask(self) -> np.ndarray:
+        return self._mask.copy()
+
+    def to_play(self) -> int:
+        return 0
+
+    @property
+    def truncated(self) -> bool:
+        return self._truncated
+
+    @property
+    def won(self) -> bool:
+        return self.end == "won"
+
+    @property
+    def expression(self) -> str:
+        """The current text; after a move that made too many nodes, the text before it."""
+        return self._state.agent.problem
+
+    def describe(self) -> str:
+        agent = self._state.agent
+        return f"{agent.problem}\n{agent.moves_remaining} of {self._state.max_moves} moves left"
+
+    def action_name(self, action: int) -> str:
+        rule, token = self.read_action(action)
+        return f"{rule} at {token}: {self.node_text(token)}"
+
+    def read_action(self, action: int) -> tuple[str, int]:
+        """The rule's name and the token's number."""
+        token, rule = divmod(int(action), self._num_rules)
+        return self._mathy.rules[rule].name.lower(), token
+
+    def node_text(self, token: int) -> str:
+        """The part of the expression that a token holds together: a number, a variable, or an operator with its sides.
+
+        Raises EnvironmentFailure if there is no such token.
+        """
+        if not 0 <= token < len(self._nodes):
+            raise self._failure(f"token {token}; expected 0 to {len(self._nodes) - 1}")
+        return str(self._nodes[token])
+
+    def close(self) -> None:
+        pass
+
+    @property
+    def _num_rules(self) -> int:
+        return self.spec.action_shape[1]
+
+    def _move(self, token: int, rule: int) -> float:
+        """Applies a rule and returns the reward. The tree is changed in place and then read anew from its text: only
+        that is mathy's next expression, as brackets may fall away."""
+        agent = self._state.agent
+        text = str(self._mathy.rules[rule].apply_to(self._nodes[token]).result.get_root())
+        root = self._parse(text)
+        nodes, depths = in_order(root)
+        agent.moves_remaining -= 1
+        if len(nodes) > self._options.max_nodes:
+            self.end = "nodes"
+            self._enter(*in_order(self._parse(self.expression)))
+            return self._mathy.get_lose_signal(self._state)
+        agent.history.append(MathyEnvStateStep(text, (rule, token)))
+        agent.problem = text
+        self._counts[text] += 1
+        self._enter(nodes, depths)
+        reward, self.end = judge(self._mathy, self._state, root, self._visits)
+        if self.end is None and not self._mask.any():
+            self.end = "stuck"
+            return self._mathy.get_lose_signal(self._state)
+        return reward
+
+    def _enter(self, nodes: Tree, depths: list[int]) -> None:
+        """Looks once at the expression that is current now, for masks and observations."""
+        self._nodes = nodes
+        # As mathy counts: of the expression written out, which a problem may have come in other brackets than.
+        self._visits = self._counts[str(nodes[depths.index(0)])]
+        self._mask = self._find_legal(nodes)
+        num_columns = len(OF_TOKENS)
+        self._rows = np.zeros(self.spec.observation_shape, np.float32)
+        self._rows[: len(nodes), :num_columns] = describe_nodes(nodes, depths)
+        self._rows[:, num_columns : num_columns + self._num_rules] = self._mask
+
+    def _find_legal(self, nodes: Tree) -> np.ndarray:
+        mask = np.zeros(self.spec.action_shape, bool)
+        for token, rule in self._moves.of(nodes):
+            mask[token, rule] = True
+        return mask
+
+    def _observe(self) -> np.ndarray:
+        observation = self._rows.copy()
+        observation[:, -len(OF_THE_GAME) :] = describe_game(self._state, self._visits)
+        return observation
+
+    def _draw(self, seed: int | None) -> MathyEnvProblem:
+        try:
+            return draw_problem(self._mathy, self._arguments, seed, self._options.constants, self._fits)
+        except EnvironmentFailure as error:
+            raise EnvironmentFailure(f"{self.spec.id}: {error}") from error
+
+    def _fits(self, text: str) -> bool:
+        nodes, _ = in_order(self._parse(text))
+        return len(nodes) <= self._options.max_nodes and len(self._moves.of(nodes)) > 0
+
+    def _read_problem(self, text: str) -> MathyEnvProblem:
+        """A given problem, as mathy's generators would return it: it has as many moves as one of so many terms."""
+        try:
+            root = self._parse(text)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {first_line(error)}"
+            raise EnvironmentFailure(
+                f"{self.spec.id}: the problem {text!r} is no expression ({problem}); write it as '4x + 2x^2 + 7'"
+            ) from error
+        nodes, _ = in_order(root)
+        if len(nodes) > self._options.max_nodes:
+            raise EnvironmentFailure(
+                f"{self.spec.id}: the problem {text!r} has {len(nodes)} nodes, max_nodes is {self._options.max_nodes}"
+            )
+        if not self._moves.of(nodes):
+            raise EnvironmentFailure(f"{self.spec.id}: no rule can be applied to the problem {text!r}")
+        return MathyEnvProblem(text, len(get_terms(root)), self._mathy.get_env_namespace())
+
+    def _parse(self, text: str) -> ex.MathExpression:
+        """A tree of one's own: mathy's cache would hand out the one that rules have changed."""
+        try:
+            return self._parser.parse(text)
+        finally:
+            self._parser.clear_cache()
+
+    def _failure(self, problem: str) -> EnvironmentFailure:
+        return EnvironmentFailure(f"{self.spec.id}, step {self._num_steps}: {problem}")
+
+
+def make(config: EnvironmentConfig) -> MathyEnvironment:
+    """Makes `mathy:TOPIC-DIFFICULTY`; the section's kwargs are those of mathy_games.Options.
+
+    Raises UnknownEnvironmentError (no such topic or difficulty) and EnvironmentFailure (kwargs that can't be had).
+    """
+    topic, arguments = read_name(config.id)
+    options = read_options(config, topic)
+    mathy = make_rules(topic, options)
+    return MathyEnvironment(config.id, mathy, arguments, options, config.max_episode_steps)
