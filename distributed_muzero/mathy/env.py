@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import mathy_envs
 import numpy as np
+from mathy_core.expressions import MathExpression
 from mathy_core.rule import BaseRule, ExpressionChangeRule
-from mathy_envs.time_step import TimeStep, is_terminal_transition, termination
+from mathy_envs.time_step import TimeStep, is_terminal_transition, termination, transition
 
-from distributed_muzero.errors import ContractError, EnvironmentFailure
-from distributed_muzero.mathy.state import (
-    RNN_SIZE,
-    MathyEnvState,
-    MathyObservation,
-    nodes_in_order,
-    rnn_placeholder_state,
-)
+from distributed_muzero.environments.mathy_moves import Moves, Tree
+from distributed_muzero.environments.mathy_problems import draw_problem
+from distributed_muzero.environments.mathy_rewards import judge
+from distributed_muzero.environments.mathy_tokens import in_order
+from distributed_muzero.errors import ContractError, EnvironmentFailure, first_line
+from distributed_muzero.mathy.state import RNN_SIZE, MathyEnvState, MathyObservation, rnn_placeholder_state
 
 
 class MathyEnv:
@@ -32,6 +29,7 @@ class MathyEnv:
         """max_nodes: a move that would make more nodes loses the game."""
         self.game = game
         self.max_nodes = max_nodes
+        self._moves = Moves(game.rules)
 
     @property
     def action_size(self) -> int:
@@ -49,30 +47,29 @@ class MathyEnv:
     def get_initial_state(
         self, params: mathy_envs.MathyEnvProblemArgs | None = None, seed: int | None = None
     ) -> tuple[MathyEnvState, mathy_envs.MathyEnvProblem]:
-        """A new problem. params: its difficulty, else easy.   The same seed makes the same problem.
+        """A new problem. params: its difficulty, else easy.
 
-        Raises EnvironmentFailure if it has more than max_nodes nodes.
+        The same seed makes the same problem, that of `initial_state(seed)` in the environment `mathy:…` with as many
+        max_nodes. Raises EnvironmentFailure if no problem is short enough.
         """
-        with seeded(seed):
-            state, problem = self.game.get_initial_state(params, print_problem=False)
-        num_nodes = self._num_nodes(problem.text)
-        if num_nodes > self.max_nodes:
-            raise EnvironmentFailure(
-                f"{problem.text!r} has {num_nodes} nodes, max_nodes is {self.max_nodes}; raise it, or choose easier "
-                "problems"
-            )
-        start = MathyEnvState(
+        params = mathy_envs.MathyEnvProblemArgs() if params is None else params
+        self.game.parser.clear_cache()  # of an episode's expressions, so that it is bounded
+        problem = draw_problem(self.game, params, seed, constants=False, fits=self._fits)
+        state = MathyEnvState(
             problem=problem.text,
-            max_moves=state.max_moves,
+            max_moves=self.game.max_moves_fn(problem, params),
             num_rules=self.action_size,
             problem_type=self.get_env_namespace(),
         )
-        return start, problem
+        return state, problem
 
     def get_valid_moves(self, state: MathyEnvState) -> list[int]:
         """[n · action_size] 1 = this rule can be applied to this node."""
-        by_rule = np.array(self.game.get_actions_for_node(self.game.parser.parse(state.agent.problem)))
-        return by_rule.T.ravel().tolist()
+        nodes = self._nodes(state.agent.problem)
+        mask = [0] * (len(nodes) * self.action_size)
+        for node, rule in self._moves.of(nodes):
+            mask[node * self.action_size + rule] = 1
+        return mask
 
     def state_to_observation(
         self,
@@ -105,42 +102,65 @@ class MathyEnv:
         Raises ContractError for an action that isn't valid in this state.
         """
         rule, focus = self.get_action_indices(action)
-        token = self.game.get_token_at_index(self.game.parser.parse(state.agent.problem), focus)
-        num_nodes = self._num_nodes(state.agent.problem)
-        if not 0 <= focus < num_nodes or token is None or not self.rules[rule].can_apply_to(token):
+        nodes = self._nodes(state.agent.problem)
+        if not 0 <= focus < len(nodes) or not self.rules[rule].can_apply_to(nodes[focus]):
             raise ContractError(
                 f"action {action} ({self.rules[rule].name} at node {focus}) can't be applied to "
-                f"{state.agent.problem!r} with {num_nodes} nodes; take one that the mask allows"
+                f"{state.agent.problem!r} with {len(nodes)} nodes; take one that the mask allows"
             )
-        change = self.rules[rule].apply_to(token.clone_from_root())
-        if change.result is None:
-            raise EnvironmentFailure(f"{self.rules[rule].name} made nothing of {state.agent.problem!r}")
+        change = self._apply(rule, nodes[focus])
         out_state = state.get_out_state(
             problem=str(change.result.get_root()),
             action=int(action),
             focus_index=focus,
             moves_remaining=state.agent.moves_remaining - 1,
         )
-        transition = self.get_state_transition(out_state)
-        out_state.agent.reward = float(transition.reward)
-        return out_state, transition, change
+        step = self.get_state_transition(out_state)
+        out_state.agent.reward = float(step.reward)
+        return out_state, step, change
 
     def get_state_transition(self, state: MathyEnvState) -> TimeStep:
-        """Reward and end of the step that led to a state, with its observation."""
-        observation: Any = self.state_to_observation(state)  # theirs is an array
+        """Reward and end of the step that led to a state, with its observation.
+
+        Mathy's own; and an expression that is too long, or to which no rule applies, loses.
+        """
+        observation: Any = self.state_to_observation(state)  # mathy_envs' own are arrays
+        theirs = self._theirs(state)
         if len(observation.nodes) > self.max_nodes:
-            return termination(observation, self.game.get_lose_signal(self._theirs(state)))
-        return self.game.get_state_transition(self._theirs(state))._replace(observation=observation)
+            return termination(observation, self.game.get_lose_signal(theirs))
+        root = self.game.parser.parse(state.agent.problem)
+        visits = sum(step.raw == str(root) for step in state.agent.history)
+        reward, end = judge(self.game, theirs, root, visits)
+        if end is not None:
+            return termination(observation, reward)
+        if not any(observation.mask):
+            return termination(observation, self.game.get_lose_signal(theirs))
+        return transition(observation, reward, self.game.discount)
 
     def is_terminal_state(self, state: MathyEnvState) -> bool:
         return is_terminal_transition(self.get_state_transition(state))
 
-    def _num_nodes(self, problem: str) -> int:
-        return len(nodes_in_order(self.game.parser.parse(problem)))
+    def _nodes(self, problem: str) -> Tree:
+        return in_order(self.game.parser.parse(problem))[0]
+
+    def _fits(self, problem: str) -> bool:
+        nodes = self._nodes(problem)
+        return len(nodes) <= self.max_nodes and bool(self._moves.of(nodes))
+
+    def _apply(self, rule: int, node: MathExpression) -> Any:
+        """A rule at a node of a copy: mathy changes the tree that it is given, and the parser keeps this one."""
+        try:
+            with np.errstate(all="ignore"):  # mathy sets numpy's, and leaves it at that
+                return self.rules[rule].apply_to(node.clone_from_root())
+        except Exception as error:
+            raise EnvironmentFailure(
+                f"mathy fails at {self.rules[rule].name} of {node} in {node.get_root()}: {type(error).__name__}: "
+                f"{first_line(error)}"
+            ) from error
 
     def _theirs(self, state: MathyEnvState) -> mathy_envs.MathyEnvState:
         """A state as the game knows it, whose actions are (rule, node)."""
-        theirs = _Unobserved(
+        theirs = mathy_envs.MathyEnvState(
             problem=state.agent.problem,
             max_moves=state.max_moves,
             num_rules=state.num_rules,
@@ -154,29 +174,3 @@ class MathyEnv:
             for step in state.agent.history
         ]
         return theirs
-
-
-class _Unobserved(mathy_envs.MathyEnvState):
-    """Rewards don't need the observation, which is slow to make and holds 128 nodes at most."""
-
-    def to_observation(self, *args: Any, **kwargs: Any) -> Any:
-        return None
-
-
-@contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """mathy draws from `random` and `np.random`: both begin at `seed`, and go on afterwards where they were.
-
-    None: nothing is changed.
-    """
-    if seed is None:
-        yield
-        return
-    before, numpy_before = random.getstate(), np.random.get_state()  # noqa: NPY002
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(before)
-        np.random.set_state(numpy_before)  # noqa: NPY002

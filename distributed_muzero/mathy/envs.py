@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mathy_envs.envs as games
@@ -66,7 +67,7 @@ class BinomialDistribute(MathyEnv):
         super().__init__(games.BinomialDistribute(**kwargs), max_nodes)
 
 
-TOPICS: dict[str, type[MathyEnv]] = {
+TOPICS: dict[str, Callable[..., MathyEnv]] = {
     "poly": PolySimplify,
     "poly-blockers": PolySimplifyBlockers,
     "poly-combine": PolyCombineInPlace,
@@ -76,4 +77,3 @@ TOPICS: dict[str, type[MathyEnv]] = {
     "complex": ComplexSimplify,
     "binomial": BinomialDistribute,
 }
-

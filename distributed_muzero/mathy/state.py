@@ -18,6 +18,7 @@ from mathy_core.expressions import ConstantExpression, MathExpression, MathTypeK
 from mathy_core.parser import ExpressionParser
 from torch import Tensor
 
+from distributed_muzero.environments.mathy_tokens import in_order
 from distributed_muzero.errors import ContractError
 
 RNN_SIZE = 128  # of an observation's recurrent states, unless a model asks for others
@@ -124,7 +125,12 @@ class MathyEnvState:
     ):
         """Of a new `problem`, or a copy of `state`. Raises ContractError for none or both."""
         if (state is None) == (problem is None):
-            raise ContractError("a MathyEnvState is made of a problem's text or of another state; give one of both")
+            raise ContractError(
+                "a MathyEnvState is made of a problem's text or of another state; give one of both"
+            )
+        self.max_moves: int
+        self.num_rules: int
+        self.agent: MathyAgentState
         if state is not None:
             self.max_moves, self.num_rules = state.max_moves, state.num_rules
             self.agent = MathyAgentState.copy(state.agent)
@@ -184,7 +190,7 @@ class MathyEnvState:
 
         Raises ContractError for another number of nodes than the mask's, or recurrent states of different sizes.
         """
-        nodes = nodes_in_order(parser.parse(self.agent.problem))
+        nodes, _ = in_order(parser.parse(self.agent.problem))
         if len(move_mask) != len(nodes) * self.num_rules:
             raise ContractError(
                 f"a mask of {len(move_mask)} actions came for {len(nodes)} nodes × {self.num_rules} rules; make it "
@@ -199,13 +205,6 @@ class MathyEnvState:
             time=[min(max(passed, 0.0), 1.0)],
             **_recurrent(rnn_state_h, rnn_state_c, rnn_history_h),
         )
-
-
-def nodes_in_order(expression: MathExpression) -> list[MathExpression]:
-    nodes: list[MathExpression] = []
-    # Its visitor may end the walk by returning something.
-    expression.visit_inorder(lambda node, depth, data: nodes.append(node))
-    return nodes
 
 
 def rnn_placeholder_state(rnn_size: int = RNN_SIZE) -> list[float]:

@@ -45,7 +45,9 @@ class A3CConfig(BaseConfig):
     gradient_clip_norm: Annotated[float, Field(gt=0)] = 1.0
     max_nodes: Positive = 128  # an expression that grows beyond loses its episode
     save_every: Positive = 200  # updates
-    timeout_seconds: Annotated[float, Field(ge=10)] = 60.0  # an actor that gives no gradient for so long is lost
+    timeout_seconds: Annotated[float, Field(ge=10)] = (
+        60.0  # an actor that gives no gradient for so long is lost
+    )
     max_lost_actors: Annotated[int, Field(ge=0)] = 3  # they are replaced; one more ends the training
     num_threads: Positive = 1  # of torch, in each process
     print_training: bool = False  # a line for each save
@@ -112,7 +114,7 @@ class Actor:
                 segment.observations.append(episode.observation)
                 segment.actions.append(actions[slot])
                 segment.rewards.append(episode.play(actions[slot], states_h[slot], states_c[slot]))
-                if episode.is_over or episode.is_stuck:
+                if episode.is_over:
                     finished.append(Finished(episode.won, episode.total_reward))
                     ended.append(segment)
                     open_segments[slot] = Segment()
@@ -140,15 +142,11 @@ class Actor:
         return (losses * there).sum() / there.sum()
 
     def _new_episode(self) -> Episode:
-        """Of the topics in turn; one in which something can be done."""
-        while True:
-            topic = self.args.topics[self._num_started % len(self.args.topics)]
-            self._num_started += 1
-            env = TOPICS[topic](max_nodes=self.args.max_nodes)
-            seed = int(self.rng.integers(2**31))
-            episode = Episode(env, self.args.rnn_size, self.args.difficulty, seed)
-            if not episode.is_stuck:
-                return episode
+        """Of the topics in turn."""
+        topic = self.args.topics[self._num_started % len(self.args.topics)]
+        self._num_started += 1
+        env = TOPICS[topic](max_nodes=self.args.max_nodes)
+        return Episode(env, self.args.rnn_size, self.args.difficulty, int(self.rng.integers(2**31)))
 
 
 class Segment:

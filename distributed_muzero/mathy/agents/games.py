@@ -24,8 +24,6 @@ class Episode:
         self.is_over = self.won = False
         self._num_states = 0
         self.observation = env.state_to_observation(self.state, rnn_size)
-        # A problem may be made in which no rule applies: nothing can be done about it.
-        self.is_stuck = not any(self.observation.mask)
 
     def play(self, action: int, rnn_state_h: Sequence[float], rnn_state_c: Sequence[float]) -> float:
         """The reward of an action; the recurrent state is the one after the current observation."""
@@ -40,7 +38,6 @@ class Episode:
             rnn_state_c=list(rnn_state_c),
             rnn_history_h=self._mean_history(rnn_state_h),
         )
-        self.is_stuck = not self.is_over and not any(self.observation.mask)
         return reward
 
     def _mean_history(self, rnn_state_h: Sequence[float]) -> list[float]:

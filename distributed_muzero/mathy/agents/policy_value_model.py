@@ -101,9 +101,10 @@ class PolicyValueModel(nn.Module):
         return self._read(inputs)
 
     def _read(self, inputs: MathyInputs) -> Outputs:
-        nodes, mask, values, types, time, state_h, state_c, history_h = inputs
-        (batch, num, length), flat = nodes.shape, [tensor.flatten(0, 1) for tensor in inputs[:5]]
-        encoded = self._encode_nodes(*flat).unflatten(0, (batch, num))  # [B, n, L, 2u]
+        nodes, mask, state_h, state_c, history_h = *inputs[:2], *inputs[5:]
+        batch, num, length = nodes.shape
+        encoded = self._encode_nodes(*(tensor.flatten(0, 1) for tensor in inputs[:5]))
+        encoded = encoded.unflatten(0, (batch, num))  # [B, n, L, 2u]
         pooled = _pooled(encoded, nodes != NO_NODE)
         # Copies: a view of the first observation's state isn't laid out as the layer wants it.
         start = state_h[:, 0].unsqueeze(0).contiguous(), state_c[:, 0].unsqueeze(0).contiguous()
@@ -113,7 +114,9 @@ class PolicyValueModel(nn.Module):
         value = self.value_head(torch.cat([pooled, states], -1)).squeeze(-1)
         return Outputs(logits, value, logits.masked_fill(mask == 0, FORBIDDEN), states, last_c.squeeze(0))
 
-    def _encode_nodes(self, nodes: Tensor, mask: Tensor, values: Tensor, types: Tensor, time: Tensor) -> Tensor:
+    def _encode_nodes(
+        self, nodes: Tensor, mask: Tensor, values: Tensor, types: Tensor, time: Tensor
+    ) -> Tensor:
         """[N, L, 2 · lstm_units]; what stands behind an observation's nodes changes nothing of theirs."""
         size = torch.sign(values) * torch.log1p(values.abs())
         rules = mask.unflatten(-1, (nodes.shape[-1], self.predictions))

@@ -1,7 +1,7 @@
 """A policy/value model on disk: weights, optimizer and counts together, as checkpoints without pickle.
 
-    model_dir/model.config.json          the agent's config and `predictions`
-    model_dir/model.checkpoints/step_…   weights.safetensors, optimizer.safetensors, state.json, checksums
+model_dir/model.config.json          the agent's config and `predictions`
+model_dir/model.checkpoints/step_…   weights.safetensors, optimizer.safetensors, state.json, checksums
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def write_config(args: BaseConfig, predictions: int) -> None:
     path = config_path(args)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, to_json({**args.model_dump(mode="json"), "predictions": predictions}, indent=2))
+        write_atomically(
+            path, to_json({**args.model_dump(mode="json"), "predictions": predictions}, indent=2)
+        )
     except OSError as error:
         raise CheckpointError(
             f"can't write {path}: {error}; choose another model_dir, or mend its permissions"
@@ -69,11 +71,15 @@ def check_config(args: BaseConfig, predictions: int) -> None:
     try:
         saved = json.loads(path.read_bytes())
         asked = {**args.model_dump(include=set(SHAPES)), "predictions": predictions}
-        different = [f"{name} {saved[name]}, not {value}" for name, value in asked.items() if saved[name] != value]
+        different = [
+            f"{name} {saved[name]}, not {value}" for name, value in asked.items() if saved[name] != value
+        ]
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"can't read {path} ({error!r}); restore it, or choose another model_dir") from error
+        raise CheckpointError(
+            f"can't read {path} ({error!r}); restore it, or choose another model_dir"
+        ) from error
     if different:
         raise CheckpointError(
             f"the model in {args.model_dir} has {', '.join(different)}; ask for the same, or choose another model_dir"
@@ -141,9 +147,7 @@ def _load_optimizer(model: PolicyValueModel, saved: Checkpoint) -> None:
 def _check_shapes(saved: Checkpoint, stem: str, expected: dict[str, tuple[int, ...]]) -> None:
     found = {name: tuple(array.shape) for name, array in saved.tensors[stem].items()}
     if found != expected:
-        different = sorted(
-            name for name in {*found, *expected} if found.get(name) != expected.get(name)
-        )
+        different = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
         raise CheckpointError(
             f"the {stem} of {saved.path} don't fit this model: {', '.join(different[:4])} differ; ask for the "
             f"{', '.join(SHAPES)} and predictions that it was made with"
