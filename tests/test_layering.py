@@ -20,6 +20,7 @@ LEVELS = [
     {"replay", "matches"},
     {"workers"},
     {"cluster", "benchmarks"},
+    {"mathy"},
     {"chaos"},
     {"cli"},
     {"__init__", "__main__"},
@@ -30,7 +31,7 @@ NEIGHBOURS = {
     ("config", "types"),
     ("observability", "run_folder"),
 }
-ONLY_IN = {"ray": {"cluster"}, "torch": {"algorithm", "networks", "workers", "benchmarks", "chaos"}}
+ONLY_IN = {"ray": {"cluster"}, "torch": {"algorithm", "networks", "workers", "benchmarks", "chaos", "mathy"}}
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 

@@ -1,0 +1,1 @@
+"""The policy/value model, its config, and the agent that trains it."""
