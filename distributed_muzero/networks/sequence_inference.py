@@ -7,7 +7,7 @@ representation, asked once a search, stays torch's. A test holds these answers t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from distributed_muzero.networks.tokens import CLOSED_LOGIT
 from distributed_muzero.search.simulate import Expansion
 
 if TYPE_CHECKING:
-    from distributed_muzero.networks import attention
     from distributed_muzero.networks.node_sequence import NodeSequence
 
 LANES = 16  # float32 numbers in the widest vector of a CPU
@@ -35,9 +34,9 @@ class Norm(NamedTuple):
 
 
 class _AttentionLayer:
-    """The weights of a Layer; the queries are scaled in theirs."""
+    """The weights of an attention.Layer; the queries are scaled in theirs."""
 
-    def __init__(self, layer: attention.Layer):
+    def __init__(self, layer: Any):
         first, gathered, inner, outer = linear_layers(
             [layer.queries_keys_values, layer.gathered, layer.inner, layer.outer]
         )

@@ -298,7 +298,7 @@ def test_a_game_of_tokens_is_learnt():
     networks = make_sequence(stirred=False, embedding_size=32, **support).train()
     rng = np.random.default_rng(0)
     optimizer = torch.optim.Adam(networks.parameters(), lr=3e-3)
-    for _ in range(150):
+    for _ in range(120):
         rows = [make_row(rng) for _ in range(32)]
         *batch, rewards = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
         training(*batch, *networks.functions, target_rewards=rewards, optimizer=optimizer)
