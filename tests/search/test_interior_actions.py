@@ -79,12 +79,13 @@ def write(logits, limit, dtype=np.float64):
     return is_known, tree.priors[0, 1], tree.narrow[2][0, 1].tolist()
 
 
-numbers = st.one_of(st.sampled_from([-INF, -1.0, 0.0, 2.0]), st.floats(-50, 50))
+numbers = st.one_of(st.sampled_from([-INF, -1e9, 0.0, 2.0, 1e20]), st.floats(-50, 50))
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.lists(numbers, min_size=2, max_size=60), st.integers(1, 59))
 @example([0.0] * 10, 4)
+@example([1e30, 1e29, 3e29, -1e30, 2.0], 2)
 @example([-INF, -INF, 1.0, -INF], 3)
 @example(list(map(float, range(50))), 7)
 @example(list(map(float, range(50, 0, -1))), 7)
