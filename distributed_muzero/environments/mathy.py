@@ -95,7 +95,7 @@ class MathyEnvironment:
         )
         self._counts = Counter([problem.text])
         self._num_steps, self._truncated, self.end = 0, False, None
-        self._enter(self._parse(problem.text))
+        self._enter(*in_order(self._parse(problem.text)))
         return self._observe()
 
     def step(self, action: int) -> tuple[float, np.ndarray, bool]:
@@ -171,30 +171,31 @@ class MathyEnvironment:
         agent = self._state.agent
         text = str(self._mathy.rules[rule].apply_to(self._nodes[token]).result.get_root())
         root = self._parse(text)
+        nodes, depths = in_order(root)
         agent.moves_remaining -= 1
-        if len(in_order(root)[0]) > self._options.max_nodes:
+        if len(nodes) > self._options.max_nodes:
             self.end = "nodes"
-            self._enter(self._parse(self.expression))
+            self._enter(*in_order(self._parse(self.expression)))
             return self._mathy.get_lose_signal(self._state)
         agent.history.append(MathyEnvStateStep(text, (rule, token)))
         agent.problem = text
         self._counts[text] += 1
-        self._enter(root)
+        self._enter(nodes, depths)
         reward, self.end = judge(self._mathy, self._state, root, self._visits)
         if self.end is None and not self._mask.any():
             self.end = "stuck"
             return self._mathy.get_lose_signal(self._state)
         return reward
 
-    def _enter(self, root: ex.MathExpression) -> None:
+    def _enter(self, nodes: Tree, depths: list[int]) -> None:
         """Looks once at the expression that is current now, for masks and observations."""
-        self._nodes, depths = in_order(root)
+        self._nodes = nodes
         # As mathy counts: of the expression written out, which a problem may have come in other brackets than.
-        self._visits = self._counts[str(root)]
-        self._mask = self._find_legal(self._nodes)
-        num_nodes, num_columns = len(self._nodes), len(OF_TOKENS)
+        self._visits = self._counts[str(nodes[depths.index(0)])]
+        self._mask = self._find_legal(nodes)
+        num_columns = len(OF_TOKENS)
         self._rows = np.zeros(self.spec.observation_shape, np.float32)
-        self._rows[:num_nodes, :num_columns] = describe_nodes(self._nodes, depths)
+        self._rows[: len(nodes), :num_columns] = describe_nodes(nodes, depths)
         self._rows[:, num_columns : num_columns + self._num_rules] = self._mask
 
     def _find_legal(self, nodes: Tree) -> np.ndarray:
@@ -222,6 +223,9 @@ class MathyEnvironment:
         """A given problem, as mathy's generators would return it: it has as many moves as one of so many terms."""
         try:
             root = self._parse(text)
+            self._parse(
+                str(root)
+            )  # what moves will be read from: mathy writes -(-x) as --x, which it can't read
         except Exception as error:
             problem = f"{type(error).__name__}: {first_line(error)}"
             raise EnvironmentFailure(
