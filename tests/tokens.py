@@ -25,12 +25,13 @@ class Seek:
     The best return is 2.
     """
 
-    def __init__(self, num_slots=12):
+    def __init__(self, seed=0, num_slots=12):
         self.spec = token_spec(num_slots)
         self.truncated = False
+        self._seed = seed
 
     def initial_state(self, seed=None):
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(self._seed if seed is None else seed)
         self._moves_left = 2
         return self._deal()
 

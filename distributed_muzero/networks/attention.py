@@ -25,13 +25,13 @@ class Layers(nn.Module):
         super().__init__()
         self.distances = nn.Parameter(torch.zeros(2 * BUCKETS_EACH_WAY, num_heads))
         self.relations = nn.Parameter(torch.zeros(num_relations, num_heads)) if num_relations else None
-        self.layers = nn.ModuleList(Layer(width, num_heads) for _ in range(num_layers))
+        self.of_depth = nn.ModuleList(Layer(width, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, is_open: Tensor, relations: Tensor | None = None) -> Tensor:
-        """is_open [B, 1 + S]: 0 for what nobody may look at.   relations [B, num_relations, S, S] of 0 and 1."""
+        """is_open [B, 1 + S]: 0 for what nobody may look at.   relations [B, S, S, num_relations] of 0 and 1."""
         bias = self.bias(is_open, relations)
-        for layer in self.layers:
+        for layer in self.of_depth:
             x = layer(x, bias)
         return self.norm(x)
 
@@ -39,7 +39,7 @@ class Layers(nn.Module):
         """[B, H, 1 + S, 1 + S] what is added to the attention of one token (row) to another (column)."""
         bias = distance_bias(self.distances, is_open.shape[1] - 1)[None]
         if self.relations is not None and relations is not None:
-            bias = bias + torch.einsum("brij,rh->bhij", relations, self.relations)
+            bias = bias + (relations @ self.relations).permute(0, 3, 1, 2)
         masked = ((1 - is_open) * MASKED)[:, None, None, :]
         return functional.pad(bias, (1, 0, 1, 0)) + masked
 
@@ -63,7 +63,7 @@ class Layer(nn.Module):
         queries, keys, values = heads.permute(2, 0, 3, 1, 4)
         seen = functional.scaled_dot_product_attention(queries, keys, values, bias.to(queries.dtype))
         x = x + self.gathered(seen.transpose(1, 2).reshape(batch, size, width))
-        return x + self.outer(torch.relu(self.inner(self.norm(x))))
+        return x + self.outer(torch.relu_(self.inner(self.norm(x))))
 
 
 def distance_bias(table: Tensor, size: int) -> Tensor:

@@ -13,11 +13,10 @@ from distributed_muzero.networks.attention import Layers
 from distributed_muzero.networks.base import Networks
 from distributed_muzero.networks.mlp import perceptron
 from distributed_muzero.networks.normalizer import ObservationNormalizer
-from distributed_muzero.networks.tokens import Columns, token_layout
+from distributed_muzero.networks.sequence_inference import SequenceInference
+from distributed_muzero.networks.tokens import CLOSED_LOGIT, Columns, token_layout
 
-SPARE_SLOTS = 8  # behind a row's last token, for those that actions add
-# Of actions on a slot that isn't there: exp(−200) is 0 in float32, and a target that falls there costs 200, not Inf.
-CLOSED_LOGIT = -200.0
+SPARE_SLOTS = 4  # behind a row's last token, for those that actions add
 
 
 class NodeSequence(Networks):
@@ -66,13 +65,13 @@ class NodeSequence(Networks):
         return marked(self.representation_layers(x, is_open, self.relations(slots, is_token)), is_open)
 
     def relations(self, slots: Tensor, is_token: Tensor) -> Tensor | None:
-        """[B, relations, S, S]: 1 where slot i names slot j in an index column, and then where j names i."""
+        """[B, S, S, relations]: 1 where slot i names slot j in an index column; then the same where j names i."""
         if not self.layout.indices:
             return None
         places = torch.arange(slots.shape[1], device=slots.device)
-        named = slots[..., list(self.layout.indices)].movedim(-1, 1).unsqueeze(-1) == places
-        named = named & is_token[:, None, :, None]
-        return torch.cat([named, named.transpose(-1, -2)], 1).to(slots.dtype)
+        named = slots[..., None, list(self.layout.indices)] == places[:, None]
+        named = (named & is_token[:, :, None, None]).to(slots.dtype)
+        return torch.cat([named, named.transpose(1, 2)], -1)
 
     def transition(self, embeddings: Tensor, actions: Tensor) -> Tensor:
         is_open = embeddings[..., 0]
@@ -96,6 +95,9 @@ class NodeSequence(Networks):
         slots = embeddings[:, 1 : 1 + self.layout.num_slots]
         logits = self.policy_layers(slots).masked_fill(slots[..., :1] < 0.5, CLOSED_LOGIT).flatten(1)
         return functional.pad(logits, (0, self.num_actions - logits.shape[1]), value=CLOSED_LOGIT)
+
+    def numpy_inference(self) -> SequenceInference:
+        return SequenceInference(self)
 
 
 class Reader(nn.Module):

@@ -7,6 +7,9 @@ from typing import NamedTuple
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import ConfigError
 
+# Of actions on a slot that isn't there: exp(−200) is 0 in float32, and a target that falls there costs 200, not Inf.
+CLOSED_LOGIT = -200.0
+
 
 class Columns(NamedTuple):
     """Which columns of an observation are read how; a category with how many there are of it."""

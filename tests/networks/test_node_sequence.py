@@ -11,6 +11,7 @@ from distributed_muzero.errors import ConfigError
 from distributed_muzero.networks.flat import FlatWeights
 from distributed_muzero.networks.node_sequence import SPARE_SLOTS, NodeSequence
 from distributed_muzero.networks.registry import check_observations, make_networks
+from distributed_muzero.networks.sequence_inference import SequenceInference, exponentiate
 from distributed_muzero.networks.torch_inference import TorchInference
 from tests.tokens import COLUMNS, Seek, random_observations, token_spec
 
@@ -133,7 +134,7 @@ def test_what_tokens_refer_to_is_seen_from_both_ends():
         1,
         torch.tensor([-1.0, 3, -1, -1, 0]),
     )  # row 4 holds no token: its 0 is no index
-    forward, backward = networks.relations(slots, slots[..., 0] > 0)[0]
+    forward, backward = networks.relations(slots, slots[..., 0] > 0)[0].movedim(-1, 0)
     assert forward.nonzero().tolist() == [[1, 3]]
     assert backward.nonzero().tolist() == [[3, 1]]
     observations = torch.zeros(2, 1, 12, 5)
@@ -208,7 +209,7 @@ def test_a_target_on_a_slot_that_is_closed_costs_a_number():
     networks = make_sequence(spec).train()
     observations, policies, actions, returns = random_batch(spec, longest=3)
     policies[:] = 0
-    policies[..., -1] = 1  # slot 23 of rows with 3 + 8 open ones
+    policies[..., -1] = 1  # slot 23 of rows with 3 + 4 open ones
     assert training(observations, policies, actions, returns, *networks.functions) < 1000
 
 
@@ -292,60 +293,70 @@ def test_an_mlp_reads_tokens_as_plain_numbers():
 
 
 def test_a_game_of_tokens_is_learnt():
-    """The token of the wanted kind, and the rule that pays for it: from steps on random games to the best return.
-
-    What is learnt are the policy at the root and the reward of the action after it.
-    """
-    networks = make_sequence(
-        token_spec(), stirred=False, embedding_size=32, support_min=-2, support_max=2, support_size=5
-    ).train()
+    """From random games, with the rewards of what is done there, and values and actions of the best player."""
+    support = {"support_min": -2, "support_max": 2, "support_size": 5}
+    networks = make_sequence(stirred=False, embedding_size=32, **support).train()
     rng = np.random.default_rng(0)
     optimizer = torch.optim.Adam(networks.parameters(), lr=3e-3)
-    for _ in range(200):
-        batch = [make_row(rng) for _ in range(32)]
-        observations, policies, actions, returns, rewards = (
-            torch.from_numpy(np.stack(part)) for part in zip(*batch, strict=True)
-        )
-        training(
-            observations,
-            policies,
-            actions,
-            returns,
-            *networks.functions,
-            target_rewards=rewards,
-            optimizer=optimizer,
-        )
+    for _ in range(120):
+        rows = [make_row(rng) for _ in range(32)]
+        *batch, rewards = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+        training(*batch, *networks.functions, target_rewards=rewards, optimizer=optimizer)
     networks.eval()
     search = SearchConfig(num_simulations=16)
-    played = [
-        acting(
-            Seek(),
-            *networks.functions,
-            search=search,
-            temperature=0,
-            noise=False,
-            rng=np.random.default_rng(7),
-        )
-        for _ in range(5)
-    ]
-    assert [sum(step.reward for step in steps) for steps in played] == [2.0] * 5
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        steps = acting(Seek(seed), *networks.functions, search=search, temperature=0, noise=False, rng=rng)
+        assert sum(step.reward for step in steps) == 2
+        with torch.no_grad():
+            value = networks.value(networks.representation(steps[0].observation[None, None]))
+        assert value.item() == pytest.approx(2, abs=0.3)
 
 
 def make_row(rng):
-    """One position with a random action: (observation, policies, actions, returns, rewards) for K = 1."""
-    game = Seek()
-    observation = game.initial_state(int(rng.integers(2**31)))
+    """A position of a random game, K = 1: observation, policies, actions, returns (discount 1), rewards."""
+    game = Seek(int(rng.integers(2**31)))
+    observation, left = game.initial_state(), 2
+    if rng.random() < 0.5:
+        left, observation = 1, game.step(rng.choice(np.flatnonzero(game.mask())))[1]
     best = 2 * int((observation[:, 0] == observation[0, 3]).argmax())
-    action = (
-        best + int(rng.integers(2)) if rng.random() < 0.5 else int(rng.choice(np.flatnonzero(game.mask())))
-    )
-    reward, *_ = game.step(action)
+    choices = np.flatnonzero(game.mask())
+    action = best + int(rng.integers(2)) if rng.random() < 0.5 else int(rng.choice(choices))
     policies = np.zeros((2, 24), np.float32)
     policies[0, best] = 1
-    return (
-        observation[None],
-        policies,
-        np.array([action, 0]),
-        np.array([2, 1], np.float32),
-        np.array([reward, 0], np.float32),
-    )
+    returns, rewards = np.zeros((2, 2), np.float32)
+    returns[:], rewards[0] = (left, left - 1), game.step(action)[0]
+    return observation[None], policies, np.array([action, 0]), returns, rewards
+
+
+@pytest.mark.parametrize(("batch", "longest"), [(1, 1), (5, 12), (33, 9)])
+@pytest.mark.parametrize(
+    "options", [{"num_blocks": 0}, {"num_blocks": 1}, {"num_blocks": 2, "num_heads": 2}], ids=str
+)
+def test_inference_without_torch_gives_the_answers_of_the_module(batch, longest, options):
+    spec = token_spec(12)
+    networks = make_sequence(spec, hidden_sizes=(8, 4), **options)
+    observations = random_observations(spec, batch, longest)
+    fast, slow = SequenceInference(networks), TorchInference(networks)
+    num_nodes = 5
+    for ours, theirs in zip(
+        fast.initial(observations, num_nodes), slow.initial(observations, num_nodes), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    rng = np.random.default_rng(0)
+    for child in range(1, num_nodes):  # each row goes on from a node of its own choice
+        parents = rng.integers(0, child, batch).astype(np.int32)
+        actions = rng.integers(0, spec.num_actions, batch).astype(np.int32)
+        children = np.full(batch, child, np.int32)
+        ours, theirs = fast.expand(parents, actions, children), slow.expand(parents, actions, children)
+        np.testing.assert_allclose(ours.rewards, theirs.rewards, rtol=1e-4, atol=2e-5)
+        np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-4, atol=2e-5)
+        np.testing.assert_allclose(ours.prior_logits, theirs.prior_logits, rtol=1e-4, atol=2e-5)
+
+
+def test_the_exponential_is_exact_in_float32():
+    numbers = np.concatenate([np.linspace(-86, 0, 1001), [-1e9]]).astype(np.float32)
+    x, powers = numbers.copy() + 1, np.empty_like(numbers)
+    exponentiate(x, np.ones_like(x), powers, powers.view(np.int32))
+    np.testing.assert_allclose(x[:-1], np.exp(numbers[:-1].astype(np.float64)), rtol=1e-5)
+    assert x[-1] < 1e-37
