@@ -122,10 +122,13 @@ def make_step(rule: Rule, expand: Callable[..., None] = _ask_python) -> Callable
         while True:
             for row in range(num_rows):
                 if made > 1:
-                    parent, action, child, slot = leaves[0, row], leaves[1, row], leaves[2, row], leaves[3, row]
-                    attach(
-                        nodes, row, parent, action, slot, child, values[row], rewards[row], discounts[row]
+                    parent, action, child, slot = (
+                        leaves[0, row],
+                        leaves[1, row],
+                        leaves[2, row],
+                        leaves[3, row],
                     )
+                    attach(nodes, row, parent, action, slot, child, values[row], rewards[row], discounts[row])
                     known = write_priors(edges, narrow, row, child, prior_logits)
                     returns = backup(nodes, edges, narrow, q_bounds, track_bounds, row, child)
                     if not (known and np.isfinite(returns)):

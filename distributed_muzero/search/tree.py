@@ -250,70 +250,78 @@ def _write_all_priors(edges, row, node, prior_logits):
 @register_jitable(forceinline=True)
 def _write_highest_priors(edges, choices, row, node, prior_logits):
     """The softmax over the highest logits alone. Of equal ones the lower action is taken; slots follow the actions."""
-    num_actions, num_slots = prior_logits.shape[1], edges.shape[2]
-    threshold, num_equal = _lowest_taken(edges, row, node, prior_logits)
-    highest = threshold
+    num_slots = edges.shape[2]
+    num_known = num_finite = 0
+    for action in range(prior_logits.shape[1]):
+        num_known += prior_logits[row, action] < np.inf
+        num_finite += np.isfinite(prior_logits[row, action])
+    if num_known < prior_logits.shape[1] or num_finite == 0:
+        return False
+    highest = _highest(prior_logits, row)
+    low, high, num_equal = _cut(prior_logits, row, highest, num_finite, num_slots)
     slot = 0
-    for action in range(num_actions):
+    total = highest - highest
+    for action in range(prior_logits.shape[1]):
         logit = prior_logits[row, action]
-        if not logit < np.inf:
-            return False
-        if logit < threshold or slot == num_slots:  # all slots are taken early where a NaN follows
+        if logit < low:
             continue
-        if logit == threshold:
+        if logit < high:
             if num_equal == 0:
                 continue
             num_equal -= 1
-        highest = max(highest, logit)
+        weight = np.exp(logit - highest)
         choices[row, node, slot] = action
-        edges[row, node, slot].prior = logit
-        slot += 1
-    total = highest - highest
-    for slot in range(num_slots):
-        weight = np.exp(edges[row, node, slot].prior - highest)
         edges[row, node, slot].prior = weight
         total += weight
+        slot += 1
     scale = 1 / total
     for slot in range(num_slots):
         edges[row, node, slot].prior *= scale
-    return np.isfinite(total)
+    return True
 
 
 @register_jitable(forceinline=True)
-def _lowest_taken(edges, row, node, prior_logits):
-    """(the lowest of the W highest logits, how many of these are equal to it), A ≥ W.
+def _cut(prior_logits, row, highest, num_finite, num_slots):
+    """(low, high, n): the highest logits, one for each slot, are those from `high` on, and the first n of those from
+    `low` on, which are equal.
 
-    One pass over the logits with a heap of the W highest so far, whose root is the lowest; few logits get past it.
-    The heap lies in the edges' priors, which are written afterwards. NaN may be taken for any number.
+    Goes down from the highest in growing steps, then halves what is left between. Counting all logits above a number
+    takes a few vector operations, and some ten counts are enough; a heap takes three times as long.
     """
-    num_actions, num_slots = prior_logits.shape[1], edges.shape[2]
-    for slot in range(num_slots):
-        edges[row, node, slot].prior = prior_logits[row, slot]
-    for slot in range(num_slots // 2 - 1, -1, -1):
-        _sift_down(edges, row, node, slot, edges[row, node, slot].prior)
-    for action in range(num_slots, num_actions):
-        logit = prior_logits[row, action]
-        if logit > edges[row, node, 0].prior:
-            _sift_down(edges, row, node, 0, logit)
-    threshold, num_equal = edges[row, node, 0].prior, 0
-    for slot in range(num_slots):
-        num_equal += edges[row, node, slot].prior == threshold
-    return threshold, num_equal
+    infinity = type(highest)(np.inf)
+    if num_finite < num_slots:
+        return -infinity, np.nextafter(-infinity, highest), num_slots - num_finite
+    low, high, middle = -infinity, infinity, highest
+    step = max(type(highest)(1), abs(highest) / 2)
+    num_above = 0  # from `high` on
+    while low < middle and middle < high:
+        count = 0
+        for action in range(prior_logits.shape[1]):
+            count += prior_logits[row, action] >= middle
+        if count == num_slots:
+            return middle, middle, 0
+        if count > num_slots:
+            low = middle
+        else:
+            high, num_above = middle, count
+        if low > -infinity:
+            middle = low / 2 + high / 2
+        else:
+            middle, step = middle - step, 2 * step
+    return low, high, num_slots - num_above
 
 
-@register_jitable
-def _sift_down(edges, row, node, slot, number):
-    """Puts `number` into the heap of the node's priors, where the one in `slot` goes."""
-    num_slots = edges.shape[2]
-    below = 2 * slot + 1
-    while below < num_slots:
-        if below + 1 < num_slots and edges[row, node, below + 1].prior < edges[row, node, below].prior:
-            below += 1
-        if number <= edges[row, node, below].prior:
-            break
-        edges[row, node, slot].prior = edges[row, node, below].prior
-        slot, below = below, 2 * below + 1
-    edges[row, node, slot].prior = number
+@register_jitable(forceinline=True)
+def _highest(prior_logits, row):
+    """The maximum of a row without NaN: by fours, as each comparison would wait for the one before."""
+    num_actions = prior_logits.shape[1]
+    a = b = c = d = prior_logits[row, 0]
+    for action in range(0, num_actions - 3, 4):
+        a, b = max(a, prior_logits[row, action]), max(b, prior_logits[row, action + 1])
+        c, d = max(c, prior_logits[row, action + 2]), max(d, prior_logits[row, action + 3])
+    for action in range(num_actions - num_actions % 4, num_actions):
+        a = max(a, prior_logits[row, action])
+    return max(max(a, b), max(c, d))
 
 
 @register_jitable(forceinline=True)

@@ -63,6 +63,17 @@ def test_a_compiled_search_grows_the_tree_of_one_that_asks_from_python(
 
 
 @both_policies
+def test_a_compiled_search_with_fewer_actions_inside_grows_the_tree_of_one_that_asks_from_python(policy):
+    model, observations = MLPInference(make_mlp((7,))), observe(None, 5, (4,), np.float32)
+    config = SearchConfig(policy=policy, num_simulations=40, max_interior_actions=2)
+    compiled = search(model, observations, config)
+    asked = search(model, observations, config, called_from_python)
+    assert compiled.nodes.tobytes() == asked.nodes.tobytes()
+    np.testing.assert_array_equal(compiled.children_visits, asked.children_visits)
+    np.testing.assert_array_equal(compiled.priors, asked.priors)
+
+
+@both_policies
 def test_a_compiled_search_answers_as_blas_and_torch_do(policy):
     networks = make_mlp((16,))
     observations = observe(None, 2, (4,), np.float32)

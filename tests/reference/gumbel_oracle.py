@@ -28,9 +28,10 @@ class Gumbel:
             simulation = sum(edge.visits for edge in node.edges.values())
             return self._best_at_root(search, visits_due(considered, self.num_simulations)[simulation])
         values = self._values(node)
-        improved = softmax([math.log(p) + value for p, value in zip(node.priors, values, strict=True)])
+        improved = softmax([_log(node.priors[a]) + values[a] for a in node.actions])
         simulations = sum(edge.visits for edge in node.edges.values())
-        return best_of(search, {a: p - _visits(node, a) / (1 + simulations) for a, p in enumerate(improved)})
+        shares = zip(node.actions, improved, strict=True)
+        return best_of(search, {a: p - _visits(node, a) / (1 + simulations) for a, p in shares})
 
     def action(self, search: Search) -> int:
         """Among the most visited, the one of the best score."""
@@ -50,8 +51,8 @@ class Gumbel:
         ]
         return best_of(search, {a: self.gumbel[a] + self.root_logits[a] + values[a] for a in candidates})
 
-    def _values(self, node: Node) -> list[float]:
-        """σ of every action."""
+    def _values(self, node: Node) -> dict[int, float]:
+        """σ of every action that is considered."""
         simulations = sum(edge.visits for edge in node.edges.values())
         most = max((edge.visits for edge in node.edges.values()), default=0)
         unvisited = node.raw_value
@@ -59,11 +60,11 @@ class Gumbel:
             weights = {a: node.priors[a] for a in node.edges}
             mean = sum(weights[a] * edge.qvalue for a, edge in node.edges.items()) / sum(weights.values())
             unvisited = (node.raw_value + simulations * mean) / (1 + simulations)
-        completed = [node.edges[a].qvalue if a in node.edges else unvisited for a in range(len(node.priors))]
+        completed = {a: node.edges[a].qvalue if a in node.edges else unvisited for a in node.actions}
         if self.rescale_values:
-            low, spread = min(completed), max(max(completed) - min(completed), 1e-8)
-            completed = [(value - low) / spread for value in completed]
-        return [(self.maxvisit_init + most) * self.value_scale * value for value in completed]
+            low, high = min(completed.values()), max(completed.values())
+            completed = {a: (value - low) / max(high - low, 1e-8) for a, value in completed.items()}
+        return {a: (self.maxvisit_init + most) * self.value_scale * value for a, value in completed.items()}
 
 
 def visits_due(num_considered: int, num_simulations: int) -> list[int]:
@@ -77,6 +78,10 @@ def visits_due(num_considered: int, num_simulations: int) -> list[int]:
                 counts[place] += 1
         survivors = min(max(survivors // 2, 2), num_considered)
     return due[:num_simulations]
+
+
+def _log(prior: float) -> float:
+    return math.log(prior) if prior > 0 else -math.inf
 
 
 def _visits(node: Node, action: int) -> int:

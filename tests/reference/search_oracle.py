@@ -34,6 +34,7 @@ class Settings(NamedTuple):
     max_depth: int | None = None
     pb_c_init: float = 1.25
     pb_c_base: float = 19652.0
+    max_interior_actions: int | None = None
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Node:
     state: int
     raw_value: float
     priors: list[float]
+    actions: list[int]  # that are considered here, in rising order; a root's forbidden ones among them
     visits: int = 1
     total: float = 0.0  # of everything that `value` is the mean of
     edges: dict[int, Edge] = field(default_factory=dict)
@@ -65,7 +67,8 @@ class Node:
 
 @dataclass
 class Search:
-    """One root's search. `nodes` are in the order they were made; `margin` is the closest decision, ties aside."""
+    """One root's search. `nodes` are in the order they were made; `margin` is the closest decision, ties aside,
+    or the narrowest spread that values were brought to."""
 
     nodes: list[Node]
     legal: Sequence[bool]
@@ -90,7 +93,7 @@ def search_one(
     select: Select | None = None,
 ) -> Search:
     """`select` says which action to follow from a node; MuZero's PUCT if it is left out."""
-    root = Node(0, root_state, root_value, root_priors, total=root_value)
+    root = Node(0, root_state, root_value, root_priors, list(range(len(root_priors))), total=root_value)
     search = Search([root], legal, settings, select or select_puct)
     for simulation in range(settings.num_simulations):
         path = _descend(search)
@@ -112,7 +115,7 @@ def _descend(search: Search) -> list[tuple[Node, int]]:
 
 
 def select_puct(search: Search, node: Node) -> int:
-    allowed = [a for a in range(len(node.priors)) if node is not search.root or search.legal[a]]
+    allowed = [a for a in node.actions if node is not search.root or search.legal[a]]
     return best_of(
         search, {a: _normalized(search, node, a) + _bonus(search.settings, node, a) for a in allowed}
     )
@@ -143,20 +146,24 @@ def _normalized(search: Search, node: Node, action: int) -> float:
     low, high = search.settings.min_max_bounds
     if search.settings.q_normalization == "tree_min_max":
         low, high = search.lowest, search.highest
+        if high > low:  # by rounding, perhaps, which this would blow up
+            search.margin = min(search.margin, high - low)
     return (qvalue - low) / (high - low) if high > low else qvalue
 
 
 def _expand(search: Search, parent: Node, action: int, model: Model, index: int) -> Node:
     state, reward, discount, value, logits = model(parent.state, action)
-    priors = softmax(logits)
+    actions = considered(logits, search.settings.max_interior_actions)
+    priors = softmax([logit if a in actions else -math.inf for a, logit in enumerate(logits)])
     if action in parent.edges:  # met again at max_depth: valued afresh, its count goes on
         edge = parent.edges[action]
         node = edge.child
         node.visits += 1
-        node.state, node.raw_value, node.priors, node.total = state, value, priors, value * node.visits
+        node.state, node.raw_value, node.total = state, value, value * node.visits
+        node.priors, node.actions = priors, actions
         edge.reward, edge.discount = reward, discount
         return node
-    node = Node(index, state, value, priors, total=value)
+    node = Node(index, state, value, priors, actions, total=value)
     search.nodes.append(node)
     parent.edges[action] = Edge(node, reward, discount)
     return node
@@ -171,6 +178,12 @@ def _backup(search: Search, path: list[tuple[Node, int]], leaf: Node) -> None:
         returns = edge.reward + edge.discount * returns
         node.total += returns
         node.visits += 1
+
+
+def considered(logits: Sequence[float], most: int | None) -> list[int]:
+    """The actions of the highest logits in rising order; of equal ones the lower action."""
+    best_first = sorted(range(len(logits)), key=lambda action: (-logits[action], action))
+    return sorted(best_first[:most])
 
 
 def softmax(logits: Sequence[float]) -> list[float]:

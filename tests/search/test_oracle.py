@@ -20,7 +20,9 @@ worlds = st.builds(
     num_actions=st.integers(1, 7),
     num_states=st.integers(1, 12),
     discount=st.sampled_from([1.0, 0.997, 0.5, -1.0, -0.95]),
+    coarse_logits=st.booleans(),
 )
+limits = st.one_of(st.none(), st.integers(1, 8))  # of the actions below the root: worlds have up to 7
 gumbel_configs = st.builds(
     SearchConfig,
     policy=st.just("gumbel"),
@@ -32,6 +34,7 @@ gumbel_configs = st.builds(
     maxvisit_init=st.sampled_from([0.0, 1.0, 50.0]),
     rescale_values=st.booleans(),
     use_mixed_value=st.booleans(),
+    max_interior_actions=limits,
 )
 configs = st.builds(
     SearchConfig,
@@ -43,6 +46,7 @@ configs = st.builds(
     pb_c_base=st.sampled_from([20.0, 19652.0]),
     dirichlet_alpha=st.sampled_from([0.2, 0.3, 1.0, 5.0]),
     dirichlet_fraction=st.sampled_from([0.25, 1.0]),
+    max_interior_actions=limits,
 )
 
 
@@ -88,6 +92,7 @@ def _oracle(world: World, config: SearchConfig, noise: bool, seed: int) -> list[
         config.max_depth,
         config.pb_c_init,
         config.pb_c_base,
+        config.max_interior_actions,
     )
     roots = zip(world.root_state, world.root_value, priors, world.legal_mask, strict=True)
     return [search_oracle.search_one(*root, _model(world), rules) for root in roots]
@@ -100,7 +105,11 @@ def _gumbel_oracle(
     if noise and config.gumbel_scale > 0:
         drawn = config.gumbel_scale * np.random.default_rng(seed).gumbel(size=drawn.shape)
     priors = search_oracle.root_priors(world.root_logits, world.legal_mask, 0.0, 1.0, np.random.default_rng())
-    loop = search_oracle.Settings(config.num_simulations, max_depth=config.max_depth)
+    loop = search_oracle.Settings(
+        config.num_simulations,
+        max_depth=config.max_depth,
+        max_interior_actions=config.max_interior_actions,
+    )
     searches = []
     for row, prior in enumerate(priors):
         rules = Gumbel(

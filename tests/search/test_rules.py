@@ -16,6 +16,8 @@ RULES = {
     "min_max": SearchConfig(q_normalization="min_max"),
     "gumbel": SearchConfig(policy="gumbel"),
     "gumbel_of_3": SearchConfig(policy="gumbel", max_num_considered_actions=3, rescale_values=False),
+    "muzero_2_inside": SearchConfig(max_interior_actions=2),
+    "gumbel_2_inside": SearchConfig(policy="gumbel", max_interior_actions=2),
 }
 POLICIES = ["muzero", "gumbel"]
 

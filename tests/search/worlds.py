@@ -32,13 +32,19 @@ class World(NamedTuple):
 
 
 def make_world(
-    seed: int, batch: int = 3, num_actions: int = 3, num_states: int = 6, discount: float = 0.97
+    seed: int,
+    batch: int = 3,
+    num_actions: int = 3,
+    num_states: int = 6,
+    discount: float = 0.97,
+    coarse_logits: bool = False,
 ) -> World:
+    """coarse_logits: below the roots many of them are equal or −inf."""
     rng = np.random.default_rng(seed)
     edges = (num_states, num_actions)
     legal = rng.random((batch, num_actions)) < 0.7
     legal[np.arange(batch), rng.integers(num_actions, size=batch)] = True
-    return World(
+    world = World(
         rng.integers(num_states, size=edges),
         rng.normal(size=edges),
         np.where(rng.random(edges) < 0.1, 0.0, discount),
@@ -49,6 +55,10 @@ def make_world(
         2 * rng.normal(size=(batch, num_actions)),
         legal,
     )
+    if coarse_logits:
+        world.logits[:] = np.where(rng.random(edges) < 0.3, -np.inf, rng.integers(3, size=edges))
+        world.logits[np.arange(num_states), rng.integers(num_actions, size=num_states)] = 1
+    return world
 
 
 def search_world(
