@@ -122,11 +122,8 @@ def progress_rows(status: Status, trails: Trails) -> list[tuple[str, str, str, s
     rows.append(("episodes", number(status.get("episodes")), "", ""))
     for label, key in (("mean return", "mean_return"), ("evaluation", "evaluation")):
         rows.append((label, number(status.get(key)), "", trails.sparkline(key)))
-    for label, key in (
-        ("score", "score"),
-        ("Elo", "elo"),
-        ("solved", "solved"),
-    ):  # only where there is such a thing
+    # Of two players; of one, where games are won or not.
+    for label, key in (("score", "score"), ("Elo", "elo"), ("solved", "solved")):
         if status.get(key) is not None:
             rows.append((label, number(status[key]), "", trails.sparkline(key)))
     return rows
