@@ -124,11 +124,8 @@ def progress_rows(status: Status, trails: Trails) -> list[tuple[str, str, str, s
         rows.append((label, number(status.get(key)), "", trails.sparkline(key)))
     if curriculum := status.get("curriculum"):
         rows.append(("stage", stage_text(curriculum), "", ""))
-    for label, key in (
-        ("score", "score"),
-        ("Elo", "elo"),
-        ("solved", "solved"),
-    ):  # only where there is such a thing
+    # Of two players; of one, where games are won or not.
+    for label, key in (("score", "score"), ("Elo", "elo"), ("solved", "solved")):
         if status.get(key) is not None:
             rows.append((label, number(status[key]), "", trails.sparkline(key)))
     return rows
