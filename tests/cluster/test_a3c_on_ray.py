@@ -63,10 +63,10 @@ def test_two_actors_train_one_model_that_goes_on_afterwards(tmp_path):
 
 def test_an_actor_that_dies_is_replaced(tmp_path):
     with training(tmp_path, num_workers=2, max_eps=2000, save_every=5, max_seconds=60) as process:
-        wait_for(lambda: list(tmp_path.glob("model.checkpoints/step_*/DONE")), 120)
+        wait_for("a saved model", lambda: list(tmp_path.glob("model.checkpoints/step_*/DONE")), 120)
         doomed = find_role(process.pid, "GradientWorker")[0]
         doomed.kill()
-        wait_for(lambda: len(find_role(process.pid, "GradientWorker")) == 2, 60)
+        wait_for("two actors", lambda: len(find_role(process.pid, "GradientWorker")) == 2, 60)
         result, errors = result_of(process)
     assert result["updates"] > 5
     assert "is replaced" in errors
@@ -74,7 +74,7 @@ def test_an_actor_that_dies_is_replaced(tmp_path):
 
 def test_actors_that_are_lost_too_often_end_it(tmp_path):
     with training(tmp_path, num_workers=1, max_eps=10**6, max_lost_actors=0) as process:
-        wait_for(lambda: find_role(process.pid, "GradientWorker"), 120)
+        wait_for("an actor", lambda: find_role(process.pid, "GradientWorker"), 120)
         find_role(process.pid, "GradientWorker")[0].kill()
         _, errors = process.communicate(timeout=100)
     assert process.returncode != 0 and "ClusterError: 1 actors were lost" in errors

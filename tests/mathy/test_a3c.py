@@ -51,7 +51,7 @@ def test_the_loss_by_hand(tmp_path):
             losses.append(
                 -torch.log(policy[segment.actions[t]]) * advantage + 0.3 / 2 * advantage**2 - 0.1 * entropy
             )
-    assert float(actor._loss(segments)) == pytest.approx(float(sum(losses)) / len(losses), rel=1e-4)
+    assert actor._loss(segments).item() == pytest.approx(float(sum(losses)) / len(losses), rel=1e-4)
 
 
 def test_an_actors_windows_begin_with_the_state_that_they_were_played_with(tmp_path):
