@@ -1,6 +1,6 @@
 """Trains mathy's A3C agent for some minutes and plays the problems that `evaluate` plays, greedily.
 
-    python benchmarks/mathy_a3c.py --topic poly --minutes 10 --every 2 --seed 1 --evaluation-seed 1
+    python benchmarks/mathy_a3c.py --topic poly --minutes 10 --every 2 --seed 1
 
 Prints a line of JSON after every evaluation: seconds of training, steps, episodes, share of problems solved, mean
 return. `--temperature` also plays them with sampled actions: a policy may need chance to leave a loop.
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=2.0, help="minutes between evaluations")
     parser.add_argument("--workers", type=int, default=0, help="processes of Ray; 0: this one plays")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--evaluation-seed", type=int, default=1)
+    parser.add_argument("--evaluation-seed", type=int, default=10_000, help="as --seed of `evaluate`")
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--max-nodes", type=int, default=64, help="as the environment's max_nodes")
     parser.add_argument("--temperature", type=float, help="besides, with sampled actions")
