@@ -15,6 +15,7 @@ import numpy as np
 from distributed_muzero.environments.base import Environment
 from distributed_muzero.environments.checks_of_games import KINDS, OF_GAMES, Broken, Unseen, check_length
 from distributed_muzero.environments.checks_of_instances import OF_INSTANCES, Make, check_close, close
+from distributed_muzero.environments.checks_of_tokens import check_token_columns, check_tokens
 from distributed_muzero.environments.random_games import RandomGame, play
 from distributed_muzero.errors import first_line
 
@@ -71,6 +72,8 @@ def check_environment(
     if not spec.passed:
         return Report([spec, closed], 0, 0)
     checks = [spec, *(_row(name, partial(check, games)) for name, check in OF_GAMES.items())]
+    if environment.spec.token_columns:
+        checks.append(_row("tokens", partial(check_tokens, games)))
     checks.append(_row("length", partial(check_length, games, max_episode_steps)))
     num_steps = sum(len(game.actions) for game in games)
     per_step = sum(game.seconds for game in games) / max(num_steps, 1)
@@ -130,4 +133,5 @@ def check_spec(environment: Environment) -> str:
     if spec.num_players not in (1, 2):
         raise Broken(f"num_players is {spec.num_players!r}; expected 1 or 2")
     players = "one player" if spec.num_players == 1 else "two players"
-    return f"observations {spec.observation_shape} {dtype}, {spec.num_actions} actions, {players}"
+    tokens = f", {check_token_columns(spec)}" if spec.token_columns else ""
+    return f"observations {spec.observation_shape} {dtype}, {spec.num_actions} actions, {players}{tokens}"

@@ -223,6 +223,9 @@ class MathyEnvironment:
         """A given problem, as mathy's generators would return it: it has as many moves as one of so many terms."""
         try:
             root = self._parse(text)
+            self._parse(
+                str(root)
+            )  # what moves will be read from: mathy writes -(-x) as --x, which it can't read
         except Exception as error:
             problem = f"{type(error).__name__}: {first_line(error)}"
             raise EnvironmentFailure(

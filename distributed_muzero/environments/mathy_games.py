@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from dataclasses import dataclass, fields
 from typing import Any
 
+from mathy_envs import envs
+from mathy_envs.env import MathyEnv
+from mathy_envs.types import MathyEnvDifficulty, MathyEnvProblemArgs
+
 from distributed_muzero.config import EnvironmentConfig
 from distributed_muzero.errors import EnvironmentFailure, UnknownEnvironmentError
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # notes on the imports of third parties
-    from mathy_envs import envs
-    from mathy_envs.env import MathyEnv
-    from mathy_envs.types import MathyEnvDifficulty, MathyEnvProblemArgs
 
 TOPICS: dict[str, type[MathyEnv]] = {
     "binomial": envs.BinomialDistribute,

@@ -111,9 +111,9 @@ def _describe_leaf(node: ex.MathExpression) -> tuple[float, float, float]:
     if type(node) is not ex.ConstantExpression:
         return 0, 0.0, 0
     value = node.value
-    size = min(math.log(1 + abs(value)), MAX_LOG)
+    size = min(math.log(1 + abs(value)), MAX_LOG)  # whole numbers may be too large for a float
     is_small = 0 <= value < NUM_SMALL and value == int(value)
-    return 0, math.copysign(size, value), int(value) + 1 if is_small else NUM_SMALL + 1
+    return 0, size if value >= 0 else -size, int(value) + 1 if is_small else NUM_SMALL + 1
 
 
 def _describe_links(node: ex.MathExpression) -> tuple[int, int, int, int]:

@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
+import warnings
 from typing import Any, NamedTuple
 
 from distributed_muzero.config import EnvironmentConfig
@@ -144,7 +145,9 @@ def _load_family(id: str, prefix: str) -> Any:
     if importlib.util.find_spec(family.package) is None:
         raise UnknownEnvironmentError(f"{id} needs the package {family.package}: {family.command}")
     try:
-        return importlib.import_module(family.module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # notes on the imports of third parties
+            return importlib.import_module(family.module)
     except ImportError as error:
         raise UnknownEnvironmentError(f"{id} can't be made: {error}. To play it: {family.command}") from error
 

@@ -229,7 +229,7 @@ def test_torch_is_installed_first_and_all_under_the_constraints(path, role):
     assert all("-c constraints.txt" in command for command in installs)
     first, project = installs
     assert first.endswith(" torch")
-    assert "-e '.[box2d,openspiel,pettingzoo]'" in project
+    assert "-e '.[box2d,openspiel,pettingzoo,mathy]'" in project
 
 
 def test_the_mount_is_in_the_provider_s_region():

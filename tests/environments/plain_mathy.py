@@ -29,7 +29,10 @@ class PlainMathy:
         return transition.reward, self.state.agent.problem, is_terminal_transition(transition)
 
     def mask(self) -> np.ndarray:
-        """[nodes, rules] bool. Not from mathy's cache: trees that differ may have one text, as 2x * (3y * 4z) has that of
-        (2x * 3y) * 4z, and the cache gives the second one the mask of the first."""
+        """[nodes, rules] bool.
+
+        Not from mathy's cache: trees that differ may have one text, as 2x * (3y * 4z) has that of (2x * 3y) * 4z, and
+        the cache gives the second one the mask of the first.
+        """
         self.mathy.valid_actions_mask_cache.clear()
         return np.array(self.mathy.get_valid_moves(self.state), bool).T

@@ -69,7 +69,7 @@ def test_same_seed_plays_the_same_game_also_after_another_one(id):
 
 def test_spec_keeps_the_environments_own_dtype_and_shape():
     spec = make("CartPole-v1").spec
-    assert spec == ("CartPole-v1", (4,), np.float32, (2,), 1)
+    assert spec == ("CartPole-v1", (4,), np.float32, (2,), 1, ())
     frames = spaces.Box(0, 255, (3, 8, 8), np.uint8)
     spec = adapt(Scripted(observation_space=frames, observation=np.ones((3, 8, 8), np.uint8))).spec
     assert (spec.observation_shape, spec.observation_dtype) == ((3, 8, 8), np.uint8)

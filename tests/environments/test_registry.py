@@ -24,7 +24,7 @@ def make(id, **kwargs):
 def test_importing_the_registry_imports_none_of_the_packages_behind_it():
     code = "import sys, distributed_muzero.environments.registry as _; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    heavy = {"torch", "ray", "gymnasium", "pyspiel", "pettingzoo"}
+    heavy = {"torch", "ray", "gymnasium", "pyspiel", "pettingzoo", "mathy_envs"}
     assert not heavy & set(result.stdout.split())
 
 
@@ -66,7 +66,11 @@ def test_chain_is_made_with_its_kwargs():
         ("CartPole-v99", "no such version.*use CartPole-v1"),
         ("ALE/Pong-v5", "Atari games can't be trained yet"),
         ("openspeil:tic_tac_toe", r"no family 'openspeil' \(did you mean 'openspiel'\?\)"),
-        ("petingzoo:go_v5", "did you mean 'pettingzoo'.*Families here: .*chain.*, openspiel, pettingzoo"),
+        (
+            "petingzoo:go_v5",
+            "did you mean 'pettingzoo'.*Families here: .*chain, .*mathy, .*openspiel, pettingzoo",
+        ),
+        ("mahty:poly-easy", "did you mean 'mathy'"),
         ("os:system", "no family 'os'.*imports the module os and calls its system.*--trust-env-code"),
         ("", "no environment ''"),
         ("minigrid/Empty-v0", "no environment 'minigrid/Empty-v0'"),
@@ -102,6 +106,7 @@ def test_listing_says_what_is_missing(monkeypatch):
     [
         ("pyspiel", "openspiel:tic_tac_toe", "openspiel"),
         ("pettingzoo", "pettingzoo:connect_four_v3", "pettingzoo"),
+        ("mathy_envs", "mathy:poly-easy", "mathy"),
     ],
 )
 def test_a_family_without_its_package_names_the_command(monkeypatch, package, id, extra):
