@@ -85,7 +85,7 @@ class SequenceInference:
         self.width, self.num_heads = networks.rules.shape[1] // 2, transition.distances.shape[1]
         self.num_actions = networks.num_actions
         self.rules = networks.rules.detach().numpy().copy()
-        self.layers = [_AttentionLayer(cast("attention.Layer", layer)) for layer in transition.of_depth]
+        self.layers = [_AttentionLayer(layer) for layer in transition.of_depth]
         self.inner_width = len(self.layers[0].inner.bias) if self.layers else 0
         self.norm = _norm(transition.norm)
         self.distances = transition.distances.detach().numpy().copy()
