@@ -6,7 +6,7 @@ left to simplify (or what else the topic asks for).
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from distributed_muzero.environments.mathy_rewards import judge
 from distributed_muzero.environments.mathy_tokens import (
     OF_THE_GAME,
     OF_TOKENS,
+    PLAYED,
     columns_of,
     describe_game,
     describe_nodes,
@@ -75,7 +76,9 @@ class MathyEnvironment:
         )
         self._problem = None if options.problem is None else self._read_problem(options.problem)
         self._state: Any = None  # a MathyEnvState
+        self._text = ""  # the expression, written out
         self._counts: Counter[str] = Counter()  # how often each text came up
+        self._played: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)  # (token, rule) in each text
         self._visits = 0
         self._nodes: Tree = []
         self._mask = np.zeros(self.spec.action_shape, bool)
@@ -94,6 +97,7 @@ class MathyEnvironment:
             problem_type=problem.type,
         )
         self._counts = Counter([problem.text])
+        self._played.clear()
         self._num_steps, self._truncated, self.end = 0, False, None
         self._enter(*in_order(self._parse(problem.text)))
         return self._observe()
@@ -169,6 +173,7 @@ class MathyEnvironment:
         """Applies a rule and returns the reward. The tree is changed in place and then read anew from its text: only
         that is mathy's next expression, as brackets may fall away."""
         agent = self._state.agent
+        self._played[self._text].add((token, rule))
         text = str(self._mathy.rules[rule].apply_to(self._nodes[token]).result.get_root())
         root = self._parse(text)
         nodes, depths = in_order(root)
@@ -191,12 +196,15 @@ class MathyEnvironment:
         """Looks once at the expression that is current now, for masks and observations."""
         self._nodes = nodes
         # As mathy counts: of the expression written out, which a problem may have come in other brackets than.
-        self._visits = self._counts[str(nodes[depths.index(0)])]
+        self._text = str(nodes[depths.index(0)])
+        self._visits = self._counts[self._text]
         self._mask = self._find_legal(nodes)
         num_columns = len(OF_TOKENS)
         self._rows = np.zeros(self.spec.observation_shape, np.float32)
         self._rows[: len(nodes), :num_columns] = describe_nodes(nodes, depths)
         self._rows[:, num_columns : num_columns + self._num_rules] = self._mask
+        for token, rule in self._played.get(self._text, ()):
+            self._rows[token, num_columns + rule] = PLAYED
 
     def _find_legal(self, nodes: Tree) -> np.ndarray:
         mask = np.zeros(self.spec.action_shape, bool)

@@ -25,6 +25,7 @@ TOKENS: dict[type[ex.MathExpression], int] = {
     ex.NegateExpression: 9,
     ex.FactorialExpression: 10,
 }
+PLAYED = 2  # of a rule that can be applied
 NUM_SMALL = 32  # constants from 0 to 31 have a category each, all others share one
 MAX_LOG = 700.0
 DEPTH_UNIT = 10.0
@@ -53,8 +54,9 @@ OF_THE_GAME = (
 
 
 def columns_of(rules: list[BaseRule]) -> tuple[TokenColumn, ...]:
-    """What is seen: of a token, then a 0 or 1 for each rule that can be applied to it now, then of the game."""
-    can_apply = (TokenColumn(f"can_{rule.code.lower()}", "category", 2) for rule in rules)
+    """What is seen: of a token; then for each rule, whether it can be applied to it now (1), and whether that was done
+    here before in this game (2), which leads to an expression that has been there; then of the game."""
+    can_apply = (TokenColumn(f"can_{rule.code.lower()}", "category", PLAYED + 1) for rule in rules)
     return (*OF_TOKENS, *can_apply, *OF_THE_GAME)
 
 
