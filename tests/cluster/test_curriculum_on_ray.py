@@ -16,8 +16,8 @@ environment: {id: chain, max_episode_steps: 12}
 curriculum:
   stages: [{kwargs: {start: 8}}, {kwargs: {start: 6}}, {kwargs: {start: 3}}]
   won_at_return: 1.0
-  window: 40
-  promote_at: 0.8
+  window: 30
+  promote_at: 0.7
   demote_at: 0.0
 network: {hidden_sizes: [32]}
 search: {num_simulations: 8}
