@@ -6,7 +6,7 @@ left to simplify (or what else the topic asks for).
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,10 @@ from distributed_muzero.environments.mathy_games import (
 )
 from distributed_muzero.environments.mathy_moves import Moves, Tree
 from distributed_muzero.environments.mathy_problems import draw_problem
-from distributed_muzero.environments.mathy_rewards import judge
+from distributed_muzero.environments.mathy_rewards import MAX_VISITS, judge
 from distributed_muzero.environments.mathy_tokens import (
     OF_THE_GAME,
     OF_TOKENS,
-    PLAYED,
     columns_of,
     describe_game,
     describe_nodes,
@@ -76,9 +75,9 @@ class MathyEnvironment:
         )
         self._problem = None if options.problem is None else self._read_problem(options.problem)
         self._state: Any = None  # a MathyEnvState
-        self._text = ""  # the expression, written out
         self._counts: Counter[str] = Counter()  # how often each text came up
-        self._played: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)  # (token, rule) in each text
+        # of each expression of this game, its legal moves (token, rule) and what they lead to; None: mathy fails there
+        self._results: dict[str, dict[tuple[int, int], str | None]] = {}
         self._visits = 0
         self._nodes: Tree = []
         self._mask = np.zeros(self.spec.action_shape, bool)
@@ -97,7 +96,7 @@ class MathyEnvironment:
             problem_type=problem.type,
         )
         self._counts = Counter([problem.text])
-        self._played.clear()
+        self._results.clear()
         self._num_steps, self._truncated, self.end = 0, False, None
         self._enter(*in_order(self._parse(problem.text)))
         return self._observe()
@@ -170,11 +169,10 @@ class MathyEnvironment:
         return self.spec.action_shape[1]
 
     def _move(self, token: int, rule: int) -> float:
-        """Applies a rule and returns the reward. The tree is changed in place and then read anew from its text: only
-        that is mathy's next expression, as brackets may fall away."""
+        """Applies a rule and returns the reward. The changed tree is read anew from its text: only that is mathy's next
+        expression, as brackets may fall away."""
         agent = self._state.agent
-        self._played[self._text].add((token, rule))
-        text = str(self._mathy.rules[rule].apply_to(self._nodes[token]).result.get_root())
+        text = self._results[self.expression][token, rule] or self._moves.result(self._nodes, token, rule)
         root = self._parse(text)
         nodes, depths = in_order(root)
         agent.moves_remaining -= 1
@@ -196,21 +194,28 @@ class MathyEnvironment:
         """Looks once at the expression that is current now, for masks and observations."""
         self._nodes = nodes
         # As mathy counts: of the expression written out, which a problem may have come in other brackets than.
-        self._text = str(nodes[depths.index(0)])
-        self._visits = self._counts[self._text]
-        self._mask = self._find_legal(nodes)
-        num_columns = len(OF_TOKENS)
+        self._visits = self._counts[str(nodes[depths.index(0)])]
         self._rows = np.zeros(self.spec.observation_shape, np.float32)
-        self._rows[: len(nodes), :num_columns] = describe_nodes(nodes, depths)
-        self._rows[:, num_columns : num_columns + self._num_rules] = self._mask
-        for token, rule in self._played.get(self._text, ()):
-            self._rows[token, num_columns + rule] = PLAYED
+        self._rows[: len(nodes), : len(OF_TOKENS)] = describe_nodes(nodes, depths)
+        of_moves = self._rows[:, len(OF_TOKENS) : len(OF_TOKENS) + self._num_rules]
+        for (token, rule), text in self._find_results(nodes).items():
+            of_moves[token, rule] = 1 + min(self._counts[text], MAX_VISITS - 1) if text else 1
+        self._mask = of_moves > 0
 
-    def _find_legal(self, nodes: Tree) -> np.ndarray:
-        mask = np.zeros(self.spec.action_shape, bool)
-        for token, rule in self._moves.of(nodes):
-            mask[token, rule] = True
-        return mask
+    def _find_results(self, nodes: Tree) -> dict[tuple[int, int], str | None]:
+        """The legal moves of the expression that is current now, looked for once in a game."""
+        if self.expression not in self._results:
+            self._results[self.expression] = {
+                move: self._result(nodes, *move) for move in self._moves.of(nodes)
+            }
+        return self._results[self.expression]
+
+    def _result(self, nodes: Tree, token: int, rule: int) -> str | None:
+        try:
+            with np.errstate(all="ignore"):
+                return self._moves.result(nodes, token, rule)
+        except Exception:  # what it is, the one who plays this move is told
+            return None
 
     def _observe(self) -> np.ndarray:
         observation = self._rows.copy()

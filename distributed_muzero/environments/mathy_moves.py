@@ -27,7 +27,7 @@ Tree = list[ex.MathExpression]  # the nodes of an expression in order: its token
 
 
 class Moves:
-    """The legal moves of expressions, under mathy's list of rules."""
+    """The legal moves of expressions and what they lead to, under mathy's list of rules."""
 
     def __init__(self, rules: list[BaseRule]):
         self._rules = rules
@@ -44,12 +44,31 @@ class Moves:
             moves += [(token, rule) for rule, can_apply in tests[kind] if can_apply(node)]
         return moves
 
+    def result(self, nodes: Tree, token: int, rule: int) -> str:
+        """The expression that a legal move leads to; the nodes stay as they are. Raises what mathy does."""
+        return str(self._rules[rule].apply_to(_copy(nodes)[token]).result.get_root())
+
     def _tests_of(self, kind: type[ex.MathExpression]) -> list[tuple[int, Test]]:
         return [
             (index, _test_of(rule))
             for index, rule in enumerate(self._rules)
             if issubclass(kind, CANDIDATES.get(type(rule), (ex.MathExpression,)))
         ]
+
+
+def _copy(nodes: Tree) -> Tree:
+    """Of a whole tree in order, numbered by `r_index`; mathy's own `clone_from_root` takes five times as long."""
+    copies = [object.__new__(type(node)) for node in nodes]
+    for node, original in zip(copies, nodes, strict=True):
+        node.__dict__ = original.__dict__.copy()
+    for node, original in zip(copies, nodes, strict=True):
+        if original.left is not None:
+            node.left = left = copies[original.left.r_index]
+            left.parent = node
+        if original.right is not None:
+            node.right = right = copies[original.right.r_index]
+            right.parent = node
+    return copies
 
 
 def _test_of(rule: BaseRule) -> Test:

@@ -25,7 +25,6 @@ TOKENS: dict[type[ex.MathExpression], int] = {
     ex.NegateExpression: 9,
     ex.FactorialExpression: 10,
 }
-PLAYED = 2  # of a rule that can be applied
 NUM_SMALL = 32  # constants from 0 to 31 have a category each, all others share one
 MAX_LOG = 700.0
 DEPTH_UNIT = 10.0
@@ -54,9 +53,9 @@ OF_THE_GAME = (
 
 
 def columns_of(rules: list[BaseRule]) -> tuple[TokenColumn, ...]:
-    """What is seen: of a token; then for each rule, whether it can be applied to it now (1), and whether that was done
-    here before in this game (2), which leads to an expression that has been there; then of the game."""
-    can_apply = (TokenColumn(f"can_{rule.code.lower()}", "category", PLAYED + 1) for rule in rules)
+    """What is seen: of a token; then for each rule, whether it can be applied to it now (1 or more), and how often what
+    that leads to has been there in this game (visits + 1), as rewards depend on it; then of the game."""
+    can_apply = (TokenColumn(f"can_{rule.code.lower()}", "category", 1 + MAX_VISITS) for rule in rules)
     return (*OF_TOKENS, *can_apply, *OF_THE_GAME)
 
 
