@@ -393,6 +393,19 @@ def test_a_run_without_a_curriculum_tells_of_none(tmp_path):
     assert not any("curriculum" in line for line in folder.metrics_file.read_text().splitlines())
 
 
+def test_a_new_stage_is_not_shown_with_the_share_of_the_one_before():
+    curriculum, told = make_curriculum(), io.StringIO()
+    with Progress(Console(file=told, width=200), clock=iter(range(0, 100, 10)).__next__) as progress:
+        for result in "11110":
+            play(curriculum, result)
+            progress.update(curriculum.metrics())
+    assert told.getvalue().splitlines() == [
+        *["stage 1 of 3 · won 100%"] * 3,
+        "stage 2 of 3",
+        "stage 2 of 3 · won 0%",
+    ]
+
+
 def test_the_progress_line_has_stage_and_share(tmp_path):
     told = io.StringIO()
     with Progress(Console(file=told, width=200)) as progress:
