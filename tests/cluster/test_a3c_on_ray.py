@@ -18,12 +18,13 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.long]
 
 TRAIN = """
 import json, sys
+from pathlib import Path
 from distributed_muzero.mathy.agents.a3c import A3CAgent, A3CConfig
 args = A3CConfig(
     model_dir=sys.argv[1], units=8, embedding_units=4, lstm_units=4, rnn_size=6, episodes_per_worker=4,
     **json.loads(sys.argv[2]),
 )
-print(json.dumps(A3CAgent(args).train()._asdict()))
+print(json.dumps(A3CAgent(args).train((Path(sys.argv[1]) / 'stop').exists)._asdict()))
 """
 
 # The second actor answers once and hangs; the one in its place answers as ever.
@@ -94,11 +95,13 @@ def test_two_actors_train_one_model_that_goes_on_afterwards(tmp_path):
 
 
 def test_an_actor_that_dies_is_replaced(tmp_path):
-    with training(tmp_path, num_workers=2, max_eps=2000, save_every=5, max_seconds=60) as process:
+    with training(tmp_path, num_workers=2, max_eps=10**6, save_every=5) as process:
         wait_for("a saved model", lambda: list(tmp_path.glob("model.checkpoints/step_*/DONE")), 120)
         doomed = find_role(process.pid, "GradientWorker")[0]
         doomed.kill()
+        doomed.wait(10)
         wait_for("two actors", lambda: len(find_role(process.pid, "GradientWorker")) == 2, 60)
+        (tmp_path / "stop").touch()
         result, errors = result_of(process)
     assert result["updates"] > 5
     assert "is replaced" in errors
