@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from distributed_muzero.cluster.session import ray_session
 from distributed_muzero.errors import ClusterError, DistributedMuZeroError, first_line
 
+START_SECONDS = 120.0  # until an actor's first answer, at least: its process and torch are loaded before
+
 logger = logging.getLogger(__name__)
 
 
-@ray.remote
+class Asked(NamedTuple):
+    """A call that wasn't answered yet."""
+
+    actor: int
+    deadline: float
+
+
+@ray.remote(num_cpus=1)
 class GradientWorker:
     def __init__(self, make_actor: Callable[[], Any]):
         self.actor = make_actor()
@@ -34,23 +44,36 @@ def contributions(
     """What `contribute(weights)` of each maker's actor returns, as it comes, without end.
 
     Starts a Ray on this machine and ends it with the iterator, or joins that of RAY_ADDRESS. The weights are read
-    when an actor is asked, at once after its last answer was used. An actor that dies, or that is the first of all to
-    answer after more than `timeout_seconds`, is replaced. Raises ClusterError when more than max_lost were, and what
-    an actor itself raises.
+    when an actor is asked, at once after its last answer was used. An actor that dies, or that doesn't answer within
+    `timeout_seconds` (the first time within START_SECONDS, if that is longer), is replaced. Raises ClusterError when
+    more than max_lost were, and what an actor itself raises.
     """
+    first_patience = max(timeout_seconds, START_SECONDS)
     with ray_session(num_cpus=len(makers)):
-        workers = {index: GradientWorker.remote(make) for index, make in enumerate(makers)}
-        asked = {worker.contribute.remote(weights()): index for index, worker in workers.items()}
+        workers = [GradientWorker.remote(make) for make in makers]
+        asked: dict[Any, Asked] = {}
+
+        def ask(index: int, patience: float) -> None:
+            asked[workers[index].contribute.remote(weights())] = Asked(index, time.monotonic() + patience)
+
+        for index in range(len(makers)):
+            ask(index, first_patience)
         num_lost = 0
         while True:
-            ready, _ = ray.wait(list(asked), num_returns=1, timeout=timeout_seconds)
-            overdue = ready or list(asked)[:1]  # the one that has been waited for longest
-            index = asked.pop(overdue[0])
+            next_due = min(asked, key=lambda call: asked[call].deadline)
+            seconds = max(0.0, asked[next_due].deadline - time.monotonic())
+            ready, _ = ray.wait(list(asked), num_returns=1, timeout=seconds)
+            call = ready[0] if ready else next_due
+            index, patience = asked.pop(call).actor, timeout_seconds
             try:
                 if not ready:
-                    raise ClusterError(f"no answer in {timeout_seconds:g} s")
-                answer = ray.get(ready[0])
-            except (RayActorError, ClusterError) as error:
+                    raise ClusterError("it gave no answer in time")
+                answer = ray.get(call)
+            except RayTaskError as error:
+                if isinstance(error.cause, DistributedMuZeroError):
+                    raise error.cause from None
+                raise
+            except (RayError, ClusterError) as error:
                 num_lost += 1
                 if num_lost > max_lost:
                     raise ClusterError(
@@ -59,11 +82,7 @@ def contributions(
                     ) from error
                 logger.warning("actor %d is replaced: %s", index, first_line(error))
                 ray.kill(workers[index])
-                workers[index] = GradientWorker.remote(makers[index])
-            except RayTaskError as error:
-                if isinstance(error.cause, DistributedMuZeroError):
-                    raise error.cause from None
-                raise
+                workers[index], patience = GradientWorker.remote(makers[index]), first_patience
             else:
                 yield answer
-            asked[workers[index].contribute.remote(weights())] = index
+            ask(index, patience)

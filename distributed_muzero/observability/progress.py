@@ -129,8 +129,8 @@ def live_table(metrics: Mapping[str, float], limits: RunConfig) -> Table:
 
 
 def share(value: float | None) -> str:
-    """87%; a dash for None."""
-    return "–" if value is None else f"{value:.0%}"
+    """87%; a dash for None and NaN."""
+    return "–" if value is None or value != value else f"{value:.0%}"
 
 
 def number(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,8 +66,12 @@ class Curriculum:
         return name_of(self._environments[stage])
 
     def metrics(self) -> dict[str, float]:
-        known = {"curriculum/stage": self.stage + 1.0, "curriculum/stages": float(self.num_stages)}
-        return known if self.win_rate is None else {**known, "curriculum/win_rate": self.win_rate}
+        """Before a stage's first result its share is NaN: what isn't told stays as it was, the last stage's."""
+        return {
+            "curriculum/stage": self.stage + 1.0,
+            "curriculum/stages": float(self.num_stages),
+            "curriculum/win_rate": math.nan if self.win_rate is None else self.win_rate,
+        }
 
     def state(self) -> dict[str, Any]:
         """What a later launch goes on with; fits JSON."""

@@ -18,21 +18,54 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.long]
 
 TRAIN = """
 import json, sys
+from pathlib import Path
 from distributed_muzero.mathy.agents.a3c import A3CAgent, A3CConfig
 args = A3CConfig(
     model_dir=sys.argv[1], units=8, embedding_units=4, lstm_units=4, rnn_size=6, episodes_per_worker=4,
     **json.loads(sys.argv[2]),
 )
-print(json.dumps(A3CAgent(args).train()._asdict()))
+print(json.dumps(A3CAgent(args).train((Path(sys.argv[1]) / 'stop').exists)._asdict()))
+"""
+
+# The second actor answers once and hangs; the one in its place answers as ever.
+HANG = """
+import sys, time
+from functools import partial
+from pathlib import Path
+import numpy as np
+from distributed_muzero.cluster.a3c import contributions
+
+class Answers:
+    def __init__(self, name, hangs=False):
+        self.name, self.hangs, self.num_calls = name, hangs, 0
+
+    def contribute(self, weights):
+        self.num_calls += 1
+        time.sleep(1000 if self.hangs and self.num_calls > 1 else 0.1)
+        return self.name
+
+def second(mark):
+    hangs = not mark.exists()
+    mark.touch()
+    return Answers("first of two" if hangs else "in its place", hangs)
+
+makers = [partial(Answers, "steady"), partial(second, Path(sys.argv[1]) / "mark")]
+found = set()
+for answer in contributions(makers, lambda: np.zeros(1), timeout_seconds=5, max_lost=3):
+    if answer not in found:
+        found.add(answer)
+        print(answer, flush=True)
+    if answer == "in its place":
+        break
 """
 
 
 @contextmanager
-def training(folder, **options):
+def training(folder, script=TRAIN, **options):
     """In a process and a Ray of its own."""
     with tempfile.TemporaryDirectory(prefix="dm", dir="/tmp", ignore_cleanup_errors=True) as ray:
         process = Popen(
-            [sys.executable, "-c", TRAIN, str(folder), json.dumps(options)],
+            [sys.executable, "-c", script, str(folder), json.dumps(options)],
             stdout=PIPE, stderr=PIPE, text=True, env={**os.environ, "RAY_TMPDIR": ray},
         )  # fmt: skip
         try:
@@ -62,14 +95,24 @@ def test_two_actors_train_one_model_that_goes_on_afterwards(tmp_path):
 
 
 def test_an_actor_that_dies_is_replaced(tmp_path):
-    with training(tmp_path, num_workers=2, max_eps=2000, save_every=5, max_seconds=60) as process:
+    with training(tmp_path, num_workers=2, max_eps=10**6, save_every=5) as process:
         wait_for("a saved model", lambda: list(tmp_path.glob("model.checkpoints/step_*/DONE")), 120)
         doomed = find_role(process.pid, "GradientWorker")[0]
         doomed.kill()
+        doomed.wait(10)
         wait_for("two actors", lambda: len(find_role(process.pid, "GradientWorker")) == 2, 60)
+        (tmp_path / "stop").touch()
         result, errors = result_of(process)
     assert result["updates"] > 5
     assert "is replaced" in errors
+
+
+def test_an_actor_that_hangs_is_replaced_while_others_answer(tmp_path):
+    with training(tmp_path, HANG) as process:
+        output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert set(output.splitlines()) == {"steady", "first of two", "in its place"}
+    assert "actor 1 is replaced: it gave no answer in time" in errors
 
 
 def test_actors_that_are_lost_too_often_end_it(tmp_path):

@@ -319,10 +319,12 @@ def test_an_environment_says_itself_who_won_where_no_return_is_given(own_factori
     sections = {"environment": {"id": "verdict"}, "curriculum": {"won_at_return": None}}
     builder = make_builder(**sections)
     builder.check_stages()
-    [(episodes, report)] = played(builder, (0,), num_steps=200)
+    [(episodes, report)] = played(builder, (2,), num_steps=200)
     won = sum(won for _, won in report.results)
-    assert 0 <= won <= sum(episode.observations[-1].argmax() == 0 for episode in episodes)
-    [(_, by_return)] = played(make_builder(environment={"id": "verdict"}), (0,), num_steps=200)
+    ended_left = sum(episode.observations[-1].argmax() == 0 for episode in episodes)
+    untold = len(episodes) - len(report.results)
+    assert won > 0 and ended_left - untold <= won <= ended_left
+    [(_, by_return)] = played(make_builder(environment={"id": "verdict"}), (2,), num_steps=200)
     assert sum(won for _, won in by_return.results) > won
 
 
@@ -391,6 +393,19 @@ def test_a_run_without_a_curriculum_tells_of_none(tmp_path):
     _, _, told = launch(folder, max_train_steps=20)
     assert folder.read_status()["curriculum"] is None and "stage" not in told
     assert not any("curriculum" in line for line in folder.metrics_file.read_text().splitlines())
+
+
+def test_a_new_stage_is_not_shown_with_the_share_of_the_one_before():
+    curriculum, told = make_curriculum(), io.StringIO()
+    with Progress(Console(file=told, width=200), clock=iter(range(0, 100, 10)).__next__) as progress:
+        for result in "11110":
+            play(curriculum, result)
+            progress.update(curriculum.metrics())
+    assert told.getvalue().splitlines() == [
+        *["stage 1 of 3 · won 100%"] * 3,
+        "stage 2 of 3",
+        "stage 2 of 3 · won 0%",
+    ]
 
 
 def test_the_progress_line_has_stage_and_share(tmp_path):
