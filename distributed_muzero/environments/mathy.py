@@ -76,9 +76,10 @@ class MathyEnvironment:
         )
         self._problem = None if options.problem is None else self._read_problem(options.problem)
         self._state: Any = None  # a MathyEnvState
-        self._text = ""  # the expression, written out
         self._counts: Counter[str] = Counter()  # how often each text came up
-        self._played: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)  # (token, rule) in each text
+        # The expression written out and each token's depth: brackets that were given may be lacking in the text.
+        self._place: tuple[str, tuple[int, ...]] = "", ()
+        self._played: defaultdict[Any, set[tuple[int, int]]] = defaultdict(set)  # (token, rule) in each place
         self._visits = 0
         self._nodes: Tree = []
         self._mask = np.zeros(self.spec.action_shape, bool)
@@ -173,7 +174,7 @@ class MathyEnvironment:
         """Applies a rule and returns the reward. The tree is changed in place and then read anew from its text: only
         that is mathy's next expression, as brackets may fall away."""
         agent = self._state.agent
-        self._played[self._text].add((token, rule))
+        self._played[self._place].add((token, rule))
         text = str(self._mathy.rules[rule].apply_to(self._nodes[token]).result.get_root())
         root = self._parse(text)
         nodes, depths = in_order(root)
@@ -196,14 +197,15 @@ class MathyEnvironment:
         """Looks once at the expression that is current now, for masks and observations."""
         self._nodes = nodes
         # As mathy counts: of the expression written out, which a problem may have come in other brackets than.
-        self._text = str(nodes[depths.index(0)])
-        self._visits = self._counts[self._text]
+        text = str(nodes[depths.index(0)])
+        self._place = text, tuple(depths)
+        self._visits = self._counts[text]
         self._mask = self._find_legal(nodes)
         num_columns = len(OF_TOKENS)
         self._rows = np.zeros(self.spec.observation_shape, np.float32)
         self._rows[: len(nodes), :num_columns] = describe_nodes(nodes, depths)
         self._rows[:, num_columns : num_columns + self._num_rules] = self._mask
-        for token, rule in self._played.get(self._text, ()):
+        for token, rule in self._played.get(self._place, ()):
             self._rows[token, num_columns + rule] = PLAYED
 
     def _find_legal(self, nodes: Tree) -> np.ndarray:

@@ -346,3 +346,18 @@ def test_a_move_that_was_played_in_this_expression_before_can_be_seen():
     _, back, _ = env.step(swap)
     assert env.expression == "4x + 2x" and back[3, column] == 2
     assert np.array_equal(env.initial_state(0), first)
+
+
+def test_a_move_is_not_marked_in_another_expression_of_the_same_text():
+    """Brackets of a problem fall away when mathy writes it out, and are not there on coming back."""
+    env = make("complex-easy", problem="2x * (3y * 4z)", max_moves=20)
+    first = env.initial_state(0)
+    swap = 1 * RULES + COMMUTE
+    env.step(swap)
+    assert env.expression == "x * 2 * 3y * 4z"
+    _, back, _ = env.step(swap)
+    names = [column.name for column in env.spec.token_columns]
+    assert env.expression == "2x * 3y * 4z"
+    assert first[3, names.index("depth")] == 0 and back[7, names.index("depth")] == 0  # the root's
+    rules = back[:, names.index("can_ca") : names.index("can_ca") + RULES]
+    assert np.array_equal(rules, env.mask())
