@@ -26,6 +26,8 @@ def check_token_columns(spec: EnvironmentSpec) -> str:
             raise Broken(f"column {column.name}: kind {column.kind!r}; expected category, number or index")
         if column.kind == "category" and column.size < 2:
             raise Broken(f"column {column.name}: {column.size} categories; expected 2 or more")
+        if column.kind == "index" and column.shared:
+            raise Broken(f"column {column.name}: a shared index; expected one of each token")
     return f"{len(columns)} columns of up to {shape[0]} tokens"
 
 

@@ -62,7 +62,7 @@ def rename(text: str) -> str:
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """The global generators of `random` and numpy, which mathy draws from, seeded within and restored after."""
-    seed = secrets.randbits(64) if seed is None else seed
+    seed = secrets.randbits(64) if seed is None else int(seed)  # random takes no numbers of numpy
     with _generators:
         python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
         try:

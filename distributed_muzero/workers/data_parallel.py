@@ -139,12 +139,21 @@ def learn_from_all_rows(normalizer: nn.Module, inputs: tuple[Any, ...]) -> None:
     if not torch.is_grad_enabled():
         return
     mine = inputs[0].contiguous()
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    with or_broken():
-        dist.all_gather(parts, mine)
+    counts = [int(count) for count in gather_from_all(torch.tensor(len(mine), device=mine.device))]
+    padded = mine.new_zeros(max(counts), *mine.shape[1:])  # devices hold equally many rows, but not tokens
+    padded[: len(mine)] = mine
+    parts = [part[:count] for part, count in zip(gather_from_all(padded), counts, strict=True)]
     normalizer.train()
     normalizer.forward(torch.cat(parts))
     normalizer.eval()
+
+
+def gather_from_all(mine: Tensor) -> list[Tensor]:
+    """The tensors of all devices, which are of one shape."""
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    with or_broken():
+        dist.all_gather(parts, mine)
+    return parts
 
 
 def pack(tensors: list[Tensor]) -> tuple[Tensor, Layout]:

@@ -25,7 +25,7 @@ from pydantic import BaseModel
 
 from distributed_muzero.algorithm.losses import LossWeights
 from distributed_muzero.config import LearnerConfig, NetworkConfig
-from distributed_muzero.environments.base import EnvironmentSpec
+from distributed_muzero.environments.base import EnvironmentSpec, TokenColumn
 from distributed_muzero.errors import DistributedMuZeroError
 from distributed_muzero.networks.device import choose_dtype
 from distributed_muzero.networks.flat import FlatWeights
@@ -69,6 +69,7 @@ def spec_from_json(values: dict[str, Any]) -> EnvironmentSpec:
         observation_shape=tuple(spec.observation_shape),
         observation_dtype=np.dtype(spec.observation_dtype),
         action_shape=tuple(spec.action_shape),
+        token_columns=tuple(TokenColumn(*column) for column in spec.token_columns),
     )
 
 

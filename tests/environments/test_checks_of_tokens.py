@@ -97,6 +97,11 @@ BROKEN = [
         "left: 1 categories; expected 2",
     ),
     ("spec", with_spec(columns=(*COLUMNS[:3], TokenColumn("left", "word"))), "left: kind 'word'"),
+    (
+        "spec",
+        with_spec(columns=(*COLUMNS[:3], TokenColumn("left", "index", shared=True))),
+        "left: a shared index",
+    ),
 ]
 
 

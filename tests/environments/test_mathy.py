@@ -346,3 +346,39 @@ def test_a_move_that_leads_back_can_be_seen():
     _, back, _ = env.step(swap)
     assert env.expression == "4x + 2x" and back[3, column] == 2
     assert np.array_equal(env.initial_state(0), first)
+
+
+@pytest.mark.parametrize("game", ["poly-normal", "binomial-easy", "complex-hard", "poly-commute-easy"])
+def test_a_moves_mark_tells_the_visits_that_it_leads_to(game):
+    env, rng = make(game), np.random.default_rng(1)
+    names = [column.name for column in env.spec.token_columns]
+    first, visits = names.index("can_ca"), names.index("visits")
+    most = 0
+    for seed in range(6):
+        observation, is_over = env.initial_state(seed), False
+        while not is_over:
+            swaps = [a for a in np.flatnonzero(env.mask()) if a % RULES == COMMUTE]
+            action = int(rng.choice(swaps[:2] or np.flatnonzero(env.mask())))  # so that it comes back
+            token, rule = divmod(action, RULES)
+            mark = observation[token, first + rule]
+            _, observation, is_over = env.step(action)
+            if env.end not in ("nodes", "stuck"):
+                assert mark == 4 * observation[0, visits]
+                most = max(most, mark)
+    assert most >= 3
+
+
+def test_a_move_is_not_marked_in_another_expression_of_the_same_text():
+    """Brackets of a problem fall away when mathy writes it out, and are not there on coming back."""
+    env = make("complex-easy", problem="2x * (3y * 4z)", max_moves=20)
+    first = env.initial_state(0)
+    swap = 1 * RULES + COMMUTE
+    env.step(swap)
+    assert env.expression == "x * 2 * 3y * 4z"
+    _, back, _ = env.step(swap)
+    names = [column.name for column in env.spec.token_columns]
+    assert env.expression == "2x * 3y * 4z"
+    assert first[3, names.index("depth")] == 0 and back[7, names.index("depth")] == 0  # the root's
+    rules = back[:, names.index("can_ca") : names.index("can_ca") + RULES]
+    assert np.array_equal(rules > 0, env.mask())
+    assert rules.max() == rules[1, COMMUTE] == 2  # of all moves, only this one leads to what has been there

@@ -98,5 +98,9 @@ def test_operators_and_numbers_alone_come_where_they_are_asked_for():
     assert not any("+" in text or has_number_alone(text) for text in only)
 
 
+def test_a_seed_may_be_a_number_of_numpy():
+    assert problems("poly-easy", [np.int64(7)]) == problems("poly-easy", [7])
+
+
 def test_a_given_problem_comes_with_every_seed():
     assert problems("poly-easy", [1, 2, None], problem="4x + 2x + 7 - 3") == ["4x + 2x + 7 - 3"] * 3

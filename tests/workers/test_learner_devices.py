@@ -38,12 +38,15 @@ from tests.workers.test_learner import SMALL, digest, make_batches
 ROWS = 12
 
 
-def make_builder(num_devices, **network):
+def make_builder(num_devices, environment=SMALL["environment"], **network):
     learner = {"batch_size": ROWS, "num_devices": num_devices, "max_grad_norm": 1e9}
-    return Builder(
-        make_config(SMALL, {"network": network, "replay": {"samples_per_insert": 64.0}, "learner": learner}),
-        "run",
-    )
+    sections = {
+        "environment": environment,
+        "network": network,
+        "replay": {"samples_per_insert": 64.0},
+        "learner": learner,
+    }
+    return Builder(make_config(SMALL, sections), "run")
 
 
 BATCHES = [
@@ -250,6 +253,25 @@ def test_other_networks_statistics_are_of_the_first_devices_rows_and_what_they_d
         assert digest(learner) == expected
     finally:
         learner.close()
+
+
+def test_devices_that_see_unlike_numbers_of_tokens_learn_what_one_device_would():
+    """Statistics are of tokens alone: here of 12 on one device, of 30 on the other."""
+    pytest.importorskip("mathy_envs", reason="mathy isn't installed: pip install 'distributed_muzero[mathy]'")
+    environment = {"id": "mathy:poly-easy", "kwargs": {"max_nodes": 9}}
+    network = {"name": "node_sequence", "embedding_size": 8, "num_heads": 2, "num_blocks": 1}
+    one, several = (make_builder(number, environment, **network).learner() for number in (1, 2))
+    try:
+        for batch in make_batches(make_builder(1, environment, **network), 3):
+            for row, observation in enumerate(batch.observations[:, 0]):
+                observation[1 + row // 2 :, 0] = 0
+            one.step(batch)
+            several.step(batch)
+            close(several.flat.vector.grad.numpy(), one.flat.vector.grad.numpy())
+        for ours, theirs in zip(several.networks.buffers(), one.networks.buffers(), strict=True):
+            assert torch.equal(ours, theirs)
+    finally:
+        several.close()
 
 
 def test_every_device_computes_in_the_learners_dtype():
