@@ -1,25 +1,24 @@
-"""How fast mathy's environments, the network and the search go, in CPU seconds of one thread.
+"""How fast mathy's environments, the network and an actor go, in CPU seconds of one thread.
 
     python benchmarks/mathy_speed.py --games poly-easy poly-normal poly-hard
 
-For each game, a line of JSON: steps a second of the environment under random moves, with and without plain mathy beside it;
-inferences a second (rows) of a network that has learnt nothing, first and recurrent; moves a second of an actor's search
-with 32 games in lockstep and 25 simulations, environments not counted; and milliseconds of a learner step of 64 rows
-that are unrolled three times. The medians of `--turns` turns.
+For each game, a line of JSON: steps a second of the environment under random moves, and of plain mathy; inferences a
+second (rows) of a network that has learnt nothing, first and recurrent; moves a second of an actor with 32 games in
+lockstep and 25 simulations, with their environments' steps; and milliseconds of a learner step of 64 rows that are
+unrolled three times. Medians of `--turns` turns.
 """
 
 from __future__ import annotations
 
-import os
-
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[variable] = "1"
-
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
+
+# Before any library reads them.
+os.environ.update(dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1"))
 
 import numpy as np
 from mathy_envs.time_step import is_terminal_transition
@@ -67,29 +66,28 @@ def measure(game: str, turns: int) -> dict[str, object]:
         model.expand(nodes, actions, nodes + 1)
         return GAMES
 
-    def search() -> int:
-        nonlocal seconds
+    def play() -> int:
         playing = [Game(game.env, 1, int(rng.integers(2**31))) for game in games]
         began = time.process_time()
-        seconds += act(playing, model, config.search, 0.99, 1.0, noise=True, rng=rng)
+        act(playing, model, config.search, 0.99, 1.0, noise=True, rng=rng)
         elapsed.append(time.process_time() - began)
         return GAMES
 
-    seconds, elapsed = 0.0, list[float]()
+    elapsed: list[float] = []
     rows = {
         "environment": rate(lambda: play_random(builder, rng), turns),
         "plain_mathy": rate(lambda: play_plain(config, rng), turns),
         "first_inference": rate(first_inference, turns),
         "recurrent_inference": rate(recurrent_inference, turns),
     }
-    search()
+    play()
     elapsed.clear()
     for _ in range(turns):
-        search()
-    rows["searched_moves"] = GAMES / statistics.median(elapsed)
+        play()
+    rows["actor_moves"] = GAMES / statistics.median(elapsed)
     learner = builder.learner()
     batch = make_batch(config, builder, first, actions)
-    learner_steps = rate(lambda: bool(learner.step(batch)) + 0, turns)
+    learner_steps = rate(lambda: len([learner.step(batch)]), turns)
     return {
         "game": game,
         "nodes": float(np.mean((first[:, 0, :, 0] != 0).sum(axis=1))),
