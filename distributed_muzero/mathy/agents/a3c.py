@@ -80,9 +80,7 @@ class TrainingResult(NamedTuple):
 class Actor:
     """Plays episodes with sampled actions, and learns from them in batches of a few steps."""
 
-    def __init__(
-        self, args: A3CConfig, predictions: int, index: int = 0, start: int = 0, num_lost: int = 0
-    ):
+    def __init__(self, args: A3CConfig, predictions: int, index: int = 0, start: int = 0, num_lost: int = 0):
         """start: updates that the training had made when it was launched.   num_lost: actors lost since then.
 
         An actor that begins later plays other problems by them: one that made an actor hang doesn't come back.
