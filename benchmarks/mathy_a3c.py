@@ -34,7 +34,13 @@ def main() -> None:
     parser.add_argument("--max-nodes", type=int, default=64, help="as the environment's max_nodes")
     parser.add_argument("--temperature", type=float, help="besides, with sampled actions")
     parser.add_argument("--model-dir", help="to begin in or to go on from; else a temporary one")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="of the A3CConfig")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the A3CConfig; goes before other options",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mathy_a3c") as folder:
         run(arguments, arguments.model_dir or folder)
@@ -42,21 +48,20 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, folder: str) -> None:
     """Trains in slices: an agent goes on where the last one stopped."""
-    options = dict(option.split("=", 1) for option in arguments.set)
+    options = {
+        "topics": (arguments.topic,),
+        "difficulty": arguments.difficulty,
+        "num_workers": arguments.workers,
+        "seed": arguments.seed,
+        "model_dir": folder,
+        "max_nodes": arguments.max_nodes,
+        "max_eps": 10**9,
+        **dict(option.split("=", 1) for option in arguments.set),
+    }
     trained = 0.0
     while trained < arguments.minutes * 60:
         slice_seconds = min(arguments.every, arguments.minutes - trained / 60) * 60
-        args = A3CConfig(
-            topics=(arguments.topic,),
-            difficulty=arguments.difficulty,
-            num_workers=arguments.workers,
-            seed=arguments.seed,
-            model_dir=folder,
-            max_nodes=arguments.max_nodes,
-            max_seconds=slice_seconds,
-            **{"max_eps": 10**9, **options},
-        )
-        agent = A3CAgent(args)
+        agent = A3CAgent(A3CConfig(**{**options, "max_seconds": slice_seconds}))
         began = time.monotonic()
         result = agent.train()
         trained += time.monotonic() - began
@@ -75,9 +80,9 @@ def play(agent: A3CAgent, arguments: argparse.Namespace) -> dict[str, float]:
             continue
         played = evaluate_agent(
             agent.model,
-            lambda: TOPICS[arguments.topic](max_nodes=arguments.max_nodes),
+            lambda: TOPICS[arguments.topic](max_nodes=agent.args.max_nodes),
             seeds,
-            arguments.difficulty,
+            agent.args.difficulty,
             temperature,
         )
         found[f"{name}_solved"] = played.solved

@@ -13,7 +13,7 @@ from distributed_muzero.cli import checkpoints, options
 from distributed_muzero.cli.elsewhere import in_environment
 from distributed_muzero.cli.opponents import with_search
 from distributed_muzero.config import EnvironmentConfig
-from distributed_muzero.errors import ConfigError, DistributedMuZeroError, RunError
+from distributed_muzero.errors import ConfigError, DistributedMuZeroError, EnvironmentFailure, RunError
 
 if TYPE_CHECKING:
     from distributed_muzero.run_folder import RunFolder
@@ -109,7 +109,7 @@ def find_run(run: str | None, runs_dir: str) -> RunFolder:
 
 
 def with_problem(folder: RunFolder, problem: str, env: str | None, max_moves: int | None) -> RunFolder:
-    """The same run in an environment of this one problem, with room for it.
+    """The same run in an environment of this one problem, with room for it: as much as its networks can read.
 
     Raises as `in_environment` does, and ConfigError for an equation or an environment that isn't mathy's.
     """
@@ -135,7 +135,12 @@ def with_problem(folder: RunFolder, problem: str, env: str | None, max_moves: in
 
     own_max_nodes = Builder(folder.config, folder.name).spec.observation_shape[0]
     max_nodes = room_for(lambda max_nodes: make_environment(section(max_nodes)), own_max_nodes)
-    return in_environment(folder, id, section(max_nodes).kwargs)
+    try:
+        return in_environment(folder, id, section(max_nodes).kwargs)
+    except EnvironmentFailure:  # networks for one length have no more room, which may be enough
+        with suppress(EnvironmentFailure):
+            return in_environment(folder, id, section(own_max_nodes).kwargs)
+        raise
 
 
 def is_mathys(id: str) -> bool:

@@ -28,21 +28,23 @@ class Asked(NamedTuple):
 
 @ray.remote(num_cpus=1)
 class GradientWorker:
-    def __init__(self, make_actor: Callable[[], Any]):
-        self.actor = make_actor()
+    def __init__(self, make_actor: Callable[..., Any], num_lost: int = 0):
+        self.actor = make_actor(num_lost=num_lost)
 
     def contribute(self, weights: np.ndarray) -> Any:
         return self.actor.contribute(weights)
 
 
 def contributions(
-    makers: Sequence[Callable[[], Any]],
+    makers: Sequence[Callable[..., Any]],
     weights: Callable[[], np.ndarray],
     timeout_seconds: float,
     max_lost: int,
 ) -> Iterator[Any]:
     """What `contribute(weights)` of each maker's actor returns, as it comes, without end.
 
+    makers: each makes an actor from `num_lost`, how many were lost so far, so that one in another's place can begin
+    differently.
     Starts a Ray on this machine and ends it with the iterator, or joins that of RAY_ADDRESS. The weights are read
     when an actor is asked, at once after its last answer was used. An actor that dies, or that doesn't answer within
     `timeout_seconds` (the first time within START_SECONDS, if that is longer), is replaced. Raises ClusterError when
@@ -82,7 +84,8 @@ def contributions(
                     ) from error
                 logger.warning("actor %d is replaced: %s", index, first_line(error))
                 ray.kill(workers[index])
-                workers[index], patience = GradientWorker.remote(makers[index]), first_patience
+                workers[index] = GradientWorker.remote(makers[index], num_lost)
+                patience = first_patience
             else:
                 yield answer
             ask(index, patience)

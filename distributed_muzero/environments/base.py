@@ -19,7 +19,7 @@ class TokenColumn(NamedTuple):
 
     name: str
     kind: Literal["category", "number", "index"]
-    size: int = 0  # of a category
+    size: int = 0  # of a category, 2 or more
     shared: bool = False  # the same in every row
 
 

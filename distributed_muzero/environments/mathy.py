@@ -247,7 +247,8 @@ class MathyEnvironment:
         nodes, _ = in_order(root)
         if len(nodes) > self._options.max_nodes:
             raise EnvironmentFailure(
-                f"{self.spec.id}: the problem {text!r} has {len(nodes)} nodes, max_nodes is {self._options.max_nodes}"
+                f"{self.spec.id}: the problem {text!r} has {len(nodes)} nodes, max_nodes is {self._options.max_nodes}; "
+                "give a shorter one, or set environment.kwargs.max_nodes higher (for `solve`: in a run)"
             )
         if not self._moves.of(nodes):
             raise EnvironmentFailure(f"{self.spec.id}: no rule can be applied to the problem {text!r}")

@@ -8,6 +8,7 @@ from typing import Any
 import mathy_envs
 import numpy as np
 from mathy_core.expressions import MathExpression
+from mathy_core.parser import ExpressionParser
 from mathy_core.rule import BaseRule, ExpressionChangeRule
 from mathy_envs.time_step import TimeStep, is_terminal_transition, termination, transition
 
@@ -17,6 +18,8 @@ from distributed_muzero.environments.mathy_rewards import judge
 from distributed_muzero.environments.mathy_tokens import in_order
 from distributed_muzero.errors import ContractError, EnvironmentFailure, first_line
 from distributed_muzero.mathy.state import RNN_SIZE, MathyEnvState, MathyObservation, rnn_placeholder_state
+
+KEPT = 32  # expressions that were read, at most: an episode's next step begins with the last one's
 
 
 class MathyEnv:
@@ -30,6 +33,7 @@ class MathyEnv:
         self.game = game
         self.max_nodes = max_nodes
         self._moves = Moves(game.rules)
+        self._num_read = 0
 
     @property
     def action_size(self) -> int:
@@ -53,7 +57,6 @@ class MathyEnv:
         max_nodes. Raises EnvironmentFailure if no problem is short enough.
         """
         params = mathy_envs.MathyEnvProblemArgs() if params is None else params
-        self.game.parser.clear_cache()  # of an episode's expressions, so that it is bounded
         problem = draw_problem(self.game, params, seed, constants=False, fits=self._fits)
         state = MathyEnvState(
             problem=problem.text,
@@ -83,7 +86,7 @@ class MathyEnv:
         empty = rnn_placeholder_state(rnn_size)
         return state.to_observation(
             self.get_valid_moves(state),
-            self.game.parser,
+            self._parser(),
             empty if rnn_state_h is None else rnn_state_h,
             empty if rnn_state_c is None else rnn_state_c,
             empty if rnn_history_h is None else rnn_history_h,
@@ -128,7 +131,7 @@ class MathyEnv:
         theirs = self._theirs(state)
         if len(observation.nodes) > self.max_nodes:
             return termination(observation, self.game.get_lose_signal(theirs))
-        root = self.game.parser.parse(state.agent.problem)
+        root = self._parser().parse(state.agent.problem)
         visits = sum(step.raw == str(root) for step in state.agent.history)
         reward, end = judge(self.game, theirs, root, visits)
         if end is not None:
@@ -141,7 +144,14 @@ class MathyEnv:
         return is_terminal_transition(self.get_state_transition(state))
 
     def _nodes(self, problem: str) -> Tree:
-        return in_order(self.game.parser.parse(problem))[0]
+        return in_order(self._parser().parse(problem))[0]
+
+    def _parser(self) -> ExpressionParser:
+        """The game's, to read one expression with. It keeps what it reads without end, unless it is cleared."""
+        self._num_read += 1
+        if self._num_read % KEPT == 0:
+            self.game.parser.clear_cache()
+        return self.game.parser
 
     def _fits(self, problem: str) -> bool:
         nodes = self._nodes(problem)

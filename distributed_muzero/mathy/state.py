@@ -215,11 +215,18 @@ def rnn_placeholder_state(rnn_size: int = RNN_SIZE) -> list[float]:
 def observations_to_window(observations: Sequence[MathyObservation]) -> MathyWindowObservation:
     """A sequence of n observations as one; shorter ones are padded with zeros behind their nodes.
 
-    Raises ContractError for none at all, masks that don't fit their nodes, and recurrent states of different sizes.
+    Raises ContractError for none at all, one without nodes, masks that don't fit their nodes, and recurrent states of
+    different sizes.
     """
     if not observations:
         raise ContractError("no observations came; a window needs one at least")
-    num_rules = {len(observation.mask) / len(observation.nodes) for observation in observations}
+    for number, observation in enumerate(observations):
+        if not observation.nodes or len(observation.mask) % len(observation.nodes):
+            raise ContractError(
+                f"observation {number} has {len(observation.nodes)} nodes and a mask of {len(observation.mask)} "
+                "actions; expected a node at least, and as many actions for each"
+            )
+    num_rules = {len(observation.mask) // len(observation.nodes) for observation in observations}
     rnn_sizes = {len(state) for observation in observations for state in observation[-3:]}
     if len(num_rules) > 1 or len(rnn_sizes) > 1:
         raise ContractError(

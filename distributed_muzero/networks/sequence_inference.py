@@ -77,7 +77,11 @@ class _Scratch:
 
 
 class SequenceInference:
-    """A snapshot of a NodeSequence's weights that keeps the embeddings of a search by (node, row)."""
+    """Keeps the embeddings of a search by (node, row).
+
+    `expand` reads a snapshot of the NodeSequence's weights, and `initial` the module itself: after weights were loaded
+    into it, an inference is to be made anew.
+    """
 
     def __init__(self, networks: NodeSequence):
         self.networks = networks

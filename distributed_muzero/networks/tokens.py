@@ -55,8 +55,12 @@ def token_layout(spec: EnvironmentSpec, history_length: int) -> TokenLayout:
     for column in columns:
         if column.kind == "index" and column.shared:
             raise _unfit(spec, f"shares the index {column.name!r}", "An index belongs to its token")
-        if column.kind == "category" and column.size < 1:
-            raise _unfit(spec, f"has no size for the category {column.name!r}", "Give its TokenColumn one")
+        if column.kind == "category" and column.size < 2:
+            raise _unfit(
+                spec,
+                f"has size {column.size} for the category {column.name!r}",
+                "Give its TokenColumn one of 2 or more",
+            )
     if history_length != 1:
         raise ConfigError(
             f"networks 'node_sequence' read one observation, and environment.history_length is {history_length}; set "

@@ -98,6 +98,12 @@ def share_solved(environments: Sequence[Environment]) -> dict[str, float]:
     return {} if None in won else {"solved": float(np.mean([bool(one) for one in won]))}
 
 
+def game_seeds(num_games: int, seeds: Sequence[int]) -> list[int]:
+    """What an evaluation with these `seeds` begins its games with."""
+    rng = np.random.default_rng([*seeds, SEED_STREAM])
+    return [int(rng.integers(2**31)) for _ in range(num_games)]
+
+
 def play_greedily(
     environments: Sequence[Environment],
     model: SearchModel,
@@ -109,10 +115,11 @@ def play_greedily(
 
     num_simulations: in place of the config's; 0: the legal action with the highest prior, without a search.
     """
-    rng = np.random.default_rng([*seeds, SEED_STREAM])
+    rng = np.random.default_rng(0)  # nothing is drawn from it
     by_prior = PriorPlayer("prior", model)
     history = config.environment.history_length
-    games = [Game(env, history, int(rng.integers(2**31))) for env in environments]
+    starts = game_seeds(len(environments), seeds)
+    games = [Game(env, history, start) for env, start in zip(environments, starts, strict=True)]
     playing = games
     while playing:
         if num_simulations == 0:

@@ -7,13 +7,10 @@ import json
 import pytest
 
 from distributed_muzero.cli import main
-from distributed_muzero.config import make_config
 from distributed_muzero.environments import registry
 from distributed_muzero.environments.chain import LEFT, RIGHT, ChainEnvironment
 from distributed_muzero.errors import DistributedMuZeroError
-from distributed_muzero.workers.actor import PolicyModel
-from distributed_muzero.workers.builder import Builder
-from distributed_muzero.workers.evaluator import play_greedily, share_solved
+from distributed_muzero.workers.evaluator import share_solved
 from tests.untrained import untrained_run
 
 SEARCH = {"num_simulations": 4}
@@ -132,21 +129,3 @@ MISTAKES = {
 def test_a_mistake_is_told(runs, mistake):
     words, expected = MISTAKES[mistake]
     assert expected in refused(runs, *words)
-
-
-def test_mathys_own_evaluation_has_the_seeds_of_ours():
-    """So that A3C and MuZero can be compared on the same problems (docs/mathy.md)."""
-    pytest.importorskip("mathy_envs")
-    from distributed_muzero.mathy.agents.evaluation import game_seeds
-
-    builder = Builder(make_config({"environment": {"id": "chain"}}), "r")
-    model = PolicyModel(builder.networks())
-    model.load(0, model.flat.read())
-    games = play_greedily(
-        [ChainEnvironment() for _ in range(5)],
-        model.search_model,
-        builder.config,
-        (10_000,),
-        num_simulations=0,
-    )
-    assert [game.seed for game in games] == game_seeds(5, [10_000])

@@ -122,6 +122,11 @@ def test_room_for_a_problem_that_is_longer_than_the_run_knows(runs, capsys):
     assert len(result["steps"]) == 1
 
 
+def test_networks_for_one_length_take_what_they_have_room_for(runs, capsys):
+    problem = " + ".join(["4x"] * 16)  # 63 nodes, where the run had 64
+    assert len(solved(runs, capsys, problem, "--run", "flat", "--max-moves", 1)["steps"]) == 1
+
+
 def test_another_environment_of_mathy_and_its_own_max_moves(runs, capsys):
     words = (PROBLEM, "--run", "short", "--env", "mathy:poly-grouping-easy")
     assert "mathy:poly-grouping-easy" in called(runs, capsys, *words).out
@@ -132,7 +137,7 @@ MISTAKES = {
     "no expression": (("4x + (",), "the problem '4x + (' is no expression"),
     "an equation": (("4x = 12",), "'4x = 12' is an equation; expected an expression to simplify"),
     "nothing to do": (("5",), "no rule can be applied to the problem '5'"),
-    "too long": ((" + ".join(["4x"] * 40),), "has 159 nodes, max_nodes is 128"),
+    "too long": ((" + ".join(["4x"] * 40),), "has 159 nodes, max_nodes is 128; give a shorter one"),
     "far too long": (("1" * 100_000,), "the problem has 100000 characters"),
     "another game": (
         (PROBLEM, "--run", "cart"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
 
-from distributed_muzero.errors import ContractError, NonFiniteError
+from distributed_muzero.errors import ContractError, EnvironmentFailure, NonFiniteError
 from distributed_muzero.mathy.agents.a3c import A3CAgent, A3CConfig, Actor, Contribution, Segment
 from distributed_muzero.mathy.agents.evaluation import evaluate_agent, game_seeds
 from distributed_muzero.mathy.agents.games import Episode, batch_of, read_now
@@ -93,6 +95,12 @@ def test_a_later_launch_plays_other_problems(tmp_path):
     assert problems[0] == problems[1] and not problems[0] & problems[2]
 
 
+def test_an_actor_in_place_of_a_lost_one_plays_other_problems(tmp_path):
+    args = args_of(tmp_path)
+    first, second = ({e.state.agent.problem for e in Actor(args, 7, num_lost=n).episodes} for n in (0, 1))
+    assert not first & second
+
+
 def test_actors_play_different_problems_of_all_topics_in_turn(tmp_path):
     args = args_of(tmp_path, topics=("poly", "binomial"))
     types = [episode.state.agent.problem_type for episode in Actor(args, 7).episodes]
@@ -106,6 +114,26 @@ def test_a_requested_stop_ends_it_with_a_saved_model(tmp_path):
     result = A3CAgent(args_of(tmp_path)).train(stop_requested=lambda: next(asked))
     assert result.updates == 2
     assert A3CAgent(args_of(tmp_path)).model.counts["updates"] == 2
+
+
+class Fails(A3CAgent):
+    """Two contributions, and then an error."""
+
+    error: Exception
+
+    def _contributions(self):
+        yield from islice(super()._contributions(), 2)
+        raise self.error
+
+
+@pytest.mark.parametrize(("error", "saved"), [(EnvironmentFailure("no"), 2), (NonFiniteError("no"), 0)])
+def test_what_was_learnt_before_a_failure_is_saved_unless_it_is_not_finite(tmp_path, error, saved):
+    agent = Fails(args_of(tmp_path))
+    agent.error = error
+    with pytest.raises(type(error)):
+        agent.train()
+    assert agent.model.counts["updates"] == 2
+    assert A3CAgent(args_of(tmp_path)).model.counts["updates"] == saved
 
 
 def test_seconds_end_it(tmp_path):

@@ -12,6 +12,7 @@ from mathy_envs.time_step import is_terminal_transition
 from distributed_muzero.config import EnvironmentConfig
 from distributed_muzero.environments.registry import make_environment
 from distributed_muzero.errors import ContractError
+from distributed_muzero.mathy.env import KEPT
 from distributed_muzero.mathy.envs import TOPICS, PolyHaystackLikeTerms, PolySimplify
 from distributed_muzero.mathy.state import MathyEnvState
 
@@ -102,6 +103,20 @@ def test_a_haystack_can_be_won():
     state, _ = env.get_initial_state(seed=0)
     steps = [env.get_next_state(state, action)[1] for action in valid(env, state)]
     assert any(is_terminal_transition(step) and step.reward > 0 for step in steps)
+
+
+def test_a_search_from_one_state_keeps_few_expressions():
+    env = PolySimplify()
+    start, _ = env.get_initial_state(seed=0)
+    found, states = set(), [start]
+    while len(found) < 3 * KEPT:
+        state = states.pop(0)
+        for action in valid(env, state):
+            after, step, _ = env.get_next_state(state, action)
+            found.add(after.agent.problem)
+            if not is_terminal_transition(step):
+                states.append(after)
+            assert len(env.game.parser._parse_cache) <= KEPT
 
 
 def test_recurrent_states_of_an_observation_are_zeros_unless_given():

@@ -144,7 +144,9 @@ def test_features_stand_where_their_index_says():
     ("observations", "message"),
     [
         ([], "no observations came"),
-        ([observe("x", num_rules=2), observe("x", num_rules=3)], r"\[2.0, 3.0\] actions a node"),
+        ([observe("x", num_rules=2), observe("x", num_rules=3)], r"\[2, 3\] actions a node"),
+        ([observe("4x")._replace(mask=[1] * 7)], "observation 0 has 3 nodes and a mask of 7 actions"),
+        ([observe("x"), observe("x")._replace(nodes=[], mask=[])], "observation 1 has 0 nodes"),
         ([observe("x", rnn_size=2), observe("x", rnn_size=3)], r"sizes \[2, 3\]"),
     ],
 )

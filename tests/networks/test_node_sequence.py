@@ -263,7 +263,12 @@ UNFIT = {
     "a category without size": (
         token_spec(columns=(COLUMNS[0], TokenColumn("sign", "category"))),
         1,
-        r"no size for the category 'sign'",
+        r"size 0 for the category 'sign'",
+    ),
+    "a category of one": (
+        token_spec(columns=(COLUMNS[0], TokenColumn("sign", "category", 1))),
+        1,
+        r"size 1 for the category 'sign'.*2 or more",
     ),
     "a history": (token_spec(), 4, r"history_length is 4; set it to 1.*shared columns"),
 }

@@ -124,4 +124,5 @@ def test_a_likely_action_that_is_not_finite_is_named_though_few_are_considered()
             SearchConfig(num_simulations=3, max_interior_actions=1),
             discount=1.0,
             rng=np.random.default_rng(0),
+            dtype=np.float64,  # as in the tests above, for which it is compiled already
         )

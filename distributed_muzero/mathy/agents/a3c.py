@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from distributed_muzero.config import Fraction, Positive
-from distributed_muzero.errors import NonFiniteError
+from distributed_muzero.errors import CheckpointError, NonFiniteError
 from distributed_muzero.mathy.agents.base_config import BaseConfig
 from distributed_muzero.mathy.agents.games import Episode, batch_of, num_threads, read_now
 from distributed_muzero.mathy.agents.policy_value_model import PolicyValueModel, get_or_create_policy_model
@@ -80,11 +80,14 @@ class TrainingResult(NamedTuple):
 class Actor:
     """Plays episodes with sampled actions, and learns from them in batches of a few steps."""
 
-    def __init__(self, args: A3CConfig, predictions: int, index: int = 0, start: int = 0):
-        """start: updates that the training has made, so that an actor that begins later plays other problems."""
+    def __init__(self, args: A3CConfig, predictions: int, index: int = 0, start: int = 0, num_lost: int = 0):
+        """start: updates that the training had made when it was launched.   num_lost: actors lost since then.
+
+        An actor that begins later plays other problems by them: one that made an actor hang doesn't come back.
+        """
         self.args = args
         self.model = PolicyValueModel(args, predictions)
-        self.rng = np.random.default_rng([args.seed, index, start])
+        self.rng = np.random.default_rng([args.seed, index, start, num_lost])
         self.generator = torch.Generator().manual_seed(int(self.rng.integers(2**63)))
         self._num_started = 0
         self.episodes = [self._new_episode() for _ in range(args.episodes_per_worker)]
@@ -179,19 +182,26 @@ class A3CAgent:
     def train(self, stop_requested: Callable[[], bool] = lambda: False) -> TrainingResult:
         """Until max_eps, max_seconds or a requested stop; the model is saved every so often and at the end.
 
-        Raises ClusterError where actors are lost too often, CheckpointError where the model can't be saved, and
-        NonFiniteError for a gradient that isn't finite; what was saved last stays.
+        Raises ClusterError where actors are lost too often, EnvironmentFailure where mathy fails in a game,
+        CheckpointError where the model can't be saved, and NonFiniteError for a gradient that isn't finite. After the
+        last two, what was saved last stays; else the model is saved first.
         """
         deadline = time.monotonic() + self.args.max_seconds if self.args.max_seconds else None
         if self._is_enough(deadline, stop_requested):
             return self.result()
-        with num_threads(self.args.num_threads):
-            for contribution in self._contributions():
-                self._update(contribution)
-                if self._is_enough(deadline, stop_requested):
-                    break
-                if self.model.counts["updates"] % self.args.save_every == 0:
-                    self._save()
+        try:
+            with num_threads(self.args.num_threads):
+                for contribution in self._contributions():
+                    self._update(contribution)
+                    if self._is_enough(deadline, stop_requested):
+                        break
+                    if self.model.counts["updates"] % self.args.save_every == 0:
+                        self._save()
+        except (NonFiniteError, CheckpointError):
+            raise
+        except Exception:  # of actors: what was learnt from them before is sound
+            self._save()
+            raise
         self._save()
         return self.result()
 

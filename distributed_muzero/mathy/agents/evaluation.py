@@ -13,6 +13,9 @@ from distributed_muzero.errors import ContractError
 from distributed_muzero.mathy.agents.games import Episode, num_threads, read_now
 from distributed_muzero.mathy.agents.policy_value_model import PolicyValueModel
 from distributed_muzero.mathy.env import MathyEnv
+from distributed_muzero.workers.evaluator import game_seeds
+
+__all__ = ["Evaluation", "evaluate_agent", "game_seeds"]
 
 BATCH = 64  # problems at a time, which bounds the memory
 
@@ -53,12 +56,6 @@ def evaluate_agent(
             returns += [episode.total_reward for episode in episodes]
             won += [episode.won for episode in episodes]
     return Evaluation(len(seeds), float(np.mean(won)), float(np.mean(returns)), returns, won)
-
-
-def game_seeds(num_problems: int, seeds: Sequence[int], stream: int = 0x5EED) -> list[int]:
-    """Seeds of the problems that an evaluation with these `seeds` plays (workers.evaluator.play_greedily)."""
-    rng = np.random.default_rng([*seeds, stream])
-    return [int(rng.integers(2**31)) for _ in range(num_problems)]
 
 
 def _play_out(

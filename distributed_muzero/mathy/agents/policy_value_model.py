@@ -16,6 +16,7 @@ from distributed_muzero.mathy.agents.saving import (
     check_config,
     has_saved_model,
     load_first_weights,
+    make_folder,
     require_saved,
     restore_model,
     save_model,
@@ -158,10 +159,10 @@ def get_or_create_policy_model(
 ) -> PolicyValueModel:
     """The model of args.model_dir with its optimizer's state, or a new one; checked on a random observation.
 
-    is_main: makes the folder and writes model.config.json; other processes only read.   required: there must be a
-    saved model. A new one begins with the weights of args.init_model_from, where that is given.
+    Makes the folder. is_main: writes model.config.json there; other processes write nothing.   required: there must be
+    a saved model. A new one begins with the weights of args.init_model_from, where that is given.
 
-    Raises CheckpointError for a model that is missing, damaged or of other shapes.
+    Raises CheckpointError for a model that is missing, damaged or of other shapes, and for a folder that can't be made.
     """
     check_config(args, predictions)
     if required:
@@ -174,6 +175,7 @@ def get_or_create_policy_model(
     elif args.init_model_from is not None:
         load_first_weights(model, args.init_model_from)
     check_model(model)
+    make_folder(args)
     if is_main:
         write_config(args, predictions)
     if args.verbose:

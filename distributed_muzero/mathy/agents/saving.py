@@ -51,11 +51,20 @@ def require_saved(args: BaseConfig) -> None:
         )
 
 
+def make_folder(args: BaseConfig) -> None:
+    """model_dir. Raises CheckpointError if the disk refuses."""
+    try:
+        Path(args.model_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"can't make {args.model_dir}: {error}; choose another model_dir, or mend its permissions"
+        ) from error
+
+
 def write_config(args: BaseConfig, predictions: int) -> None:
-    """model.config.json; makes the folder. Raises CheckpointError if the disk refuses."""
+    """model.config.json. Raises CheckpointError if the disk refuses."""
     path = config_path(args)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(
             path, to_json({**args.model_dump(mode="json"), "predictions": predictions}, indent=2)
         )
