@@ -96,8 +96,8 @@ def test_decisions_are_numbered_without_gaps_and_short():
 def test_readme_names_every_preset_and_no_other():
     named = re.search(r"`config` shows presets \(([^)]*)\)", README)
     assert named is not None
-    assert sorted(re.findall(r"`(\w+)`", named[1])) == preset_names()
-    assert set(re.findall(r"--preset (\w+)", README)) <= set(preset_names())
+    assert sorted(re.findall(r"`([\w-]+)`", named[1])) == preset_names()
+    assert set(re.findall(r"--preset ([\w-]+)", README)) <= set(preset_names())
 
 
 def test_make_targets_exist():
