@@ -223,7 +223,9 @@ def test_there_are_few_series_and_none_of_the_runs_own_is_an_actors(watched):
     assert own is not None and 50 < own < 90
     labels = {
         name
-        for series in watched.prometheus.vector('{run="watched", job="distributed-muzero"}')
+        for series in watched.prometheus.vector(
+            '{run="watched", job="distributed-muzero", __name__=~"distributed_muzero_.+"}'  # none of Prometheus's own
+        )
         for name in series["metric"]
     }
     assert labels <= {
@@ -317,12 +319,14 @@ def test_the_dashboards_panels_have_something_to_show(watched):
             query = target["expr"].replace("$run", "watched").replace("$__rate_interval", "1m")
             if not watched.prometheus.vector(query):
                 empty.add(target["expr"].partition("{")[0])
-    # Nothing was refused, no evaluation has ended, one player has no opponent, and there is no GPU.
+    # Nothing was refused, no evaluation has ended, one player has no opponent, there is no curriculum and no GPU.
     allowed = {
         "increase(distributed_muzero_replay_rejects_total",
         "distributed_muzero_evaluation_return_mean",
         "distributed_muzero_evaluation_score",
         "distributed_muzero_evaluation_elo",
+        "distributed_muzero_curriculum_stage",
+        "distributed_muzero_curriculum_win_rate",
     }
     assert empty <= allowed | {"ray_node_gpus_utilization"}
 
