@@ -25,6 +25,7 @@ from distributed_muzero.cli import (
     replay,
     solve,
     train,
+    tune,
     watch,
 )
 from distributed_muzero.errors import DistributedMuZeroError
@@ -37,6 +38,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("train")(train.train)
+app.command("tune")(tune.tune)
 app.command("resume")(train.resume)
 app.command("submit")(cluster.submit)
 app.command("status")(cluster.status)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from functools import cache
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,20 +15,14 @@ import typer
 
 from distributed_muzero.cli import options
 from distributed_muzero.config import Config, make_config, parse_overrides
-from distributed_muzero.errors import DistributedMuZeroError, RunError, RunIsOver, first_line
+from distributed_muzero.errors import RunError, RunIsOver
 
 if TYPE_CHECKING:
-    from distributed_muzero.environments.base import EnvironmentSpec
-    from distributed_muzero.run_folder import RunFolder
-    from distributed_muzero.workers.bookkeeper import Bookkeeper
-    from distributed_muzero.workers.run_copy import Copies
     from distributed_muzero.workers.run_state import Ending
     from distributed_muzero.workers.runs import Opened
 
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for a job's command
 FINAL_EVALUATION_STREAM = 10**12  # no evaluation during training used these seeds: theirs are learner steps
-RELOCATED_VERSIONS = 10**6  # of the weights: more than a launch gives out between two copies
-NOT_LEARNT_FROM = ("checkpoints", "tensorboard", "history")  # of a run at a URI that is a dataset
 
 
 def train(
@@ -107,6 +99,7 @@ def resume(
     take_over: options.TakeOver = False,
 ) -> None:
     """Go on with a run that ended or was killed: weights, optimizer, stored episodes and counts are as they were."""
+    from distributed_muzero.workers.launching import check_can_begin, check_parts
     from distributed_muzero.workers.runs import opened
 
     changes: dict[str, dict[str, Any]] = {
@@ -151,32 +144,6 @@ def named_dataset(text: str) -> Path | str:
     return text if is_uri(text) else Path(text)
 
 
-@cache
-def dataset_path(dataset: Path | str) -> Path:
-    """Where a dataset lies on this machine: a run at a URI is fetched, once. Raises RunError."""
-    from distributed_muzero.mirror.uri import is_uri
-    from distributed_muzero.workers.runs import open_to_read
-
-    if is_uri(dataset):
-        return open_to_read(str(dataset), options.RUNS, NOT_LEARNT_FROM).path
-    return Path(dataset)
-
-
-@contextmanager
-def dataset_paths(datasets: Sequence[Path | str]) -> Iterator[list[Path]]:
-    """The last use of them in this process: what was fetched is removed afterwards. Raises RunError."""
-    from distributed_muzero.mirror.uri import is_uri
-
-    paths = [dataset_path(dataset) for dataset in datasets]
-    try:
-        yield paths
-    finally:
-        for dataset, path in zip(datasets, paths, strict=True):
-            if is_uri(dataset):
-                shutil.rmtree(path, ignore_errors=True)
-        dataset_path.cache_clear()
-
-
 def run_training(
     config: Config,
     name: str | None,
@@ -190,6 +157,8 @@ def run_training(
     """Makes the run, or goes on with it if it `may_exist`, fills it with the datasets' episodes, and trains."""
     from distributed_muzero.observability.exporter import check_port
     from distributed_muzero.replay.dataset import check_datasets
+    from distributed_muzero.workers.importing import dataset_path
+    from distributed_muzero.workers.launching import check_can_begin, check_parts
     from distributed_muzero.workers.layout import with_shards
     from distributed_muzero.workers.runs import created, names_in, opened
 
@@ -208,22 +177,6 @@ def run_training(
     train_in(run, change, in_process, datasets)
 
 
-def check_parts(config: Config) -> EnvironmentSpec:
-    """That environments, networks and opponent of a run can be made. Raises ConfigError and EnvironmentFailure."""
-    from distributed_muzero.networks.registry import check_name, check_observations
-    from distributed_muzero.workers.builder import Builder
-
-    check_name(config.network.name)
-    builder = Builder(config, "")
-    builder.check_stages()
-    check_observations(config.network.name, builder.spec, config.environment.history_length)
-    if config.evaluator.opponent != "random":
-        from distributed_muzero.workers.match_evaluator import make_opponent
-
-        make_opponent(config.evaluator.opponent, builder.environment)
-    return builder.spec
-
-
 def train_in(
     run: AbstractContextManager[Opened],
     change: Callable[[Config], Config],
@@ -236,51 +189,23 @@ def train_in(
     change: from the run's config to the one that it goes on with.   check: of that, before anything is changed.
     """
     from distributed_muzero.cli.evaluate import evaluate_run, print_result
-    from distributed_muzero.observability.exporter import serve_metrics
     from distributed_muzero.observability.progress import Progress
-    from distributed_muzero.workers.bookkeeper import Bookkeeper, why_over
-    from distributed_muzero.workers.layout import lay_out
-    from distributed_muzero.workers.run_state import STOPPED
+    from distributed_muzero.workers.launching import launch
+    from distributed_muzero.workers.run_state import STOPPED, outcome
 
     began = time.monotonic()
-    with ExitStack() as stack:
-        folder, copies = stack.enter_context(run)
-        config = change(folder.config)
-        progress = stack.enter_context(Progress(limits=config.run))
-        stop = stack.enter_context(stop_on_signal(progress))
-        folder = folder.with_config(config)
-        check_not_over(folder.name, why_over(folder))
-        if copies is None:  # else `check_can_begin` has done so
-            check(config)
-        exporter = stack.enter_context(serve_metrics(folder))
-        with starting(folder, copies):
-            if copies is None:
-                lay_out(folder.replay, config)
-            folder.write_config()
-            datasets = datasets or folder.read_datasets()
-            if copies and (in_process or datasets):
-                # What is fetched may be much: meanwhile the run's own copy shows that somebody is at work.
-                with copies.keep_pushing(once_more=False):
-                    copies.claim_shards(config.replay.num_shards)
-            import_stored(folder, datasets, copies, progress.message, stop.is_set)
-        if stop.is_set():
-            folder.write_counts("stopped", STOPPED.reason)
-            if copies:
-                copies.push()
-            progress.message(f"stopped after {time.monotonic() - began:.1f} s: {STOPPED.reason}")
-            return
-        if copies:
-            copies.push()
-        launch = folder.begin_launch(RELOCATED_VERSIONS if copies and copies.was_fetched else 0)
-        if copies:
-            copies.settle()
-            # Before anything is played: whoever goes on from the copy gives other ids than this launch, and sees it.
-            copies.push()
-            if not in_process:
-                copies.release_shards()
-        book = Bookkeeper(config, folder, progress, launch=launch, copies=copies, exporter=exporter)
-        ending = play(book, in_process, stop)
-    state = book.state
+    loop = play_here if in_process else play_on_ray
+    with run as opened:
+        config = change(opened[0].config)
+        with Progress(limits=config.run) as progress, stop_on_signal(progress) as stop:
+            launched = outcome(
+                launch(opened, config, in_process, loop, progress, stop.is_set, datasets, check)
+            )
+            if launched is None:
+                progress.message(f"stopped after {time.monotonic() - began:.1f} s: {STOPPED.reason}")
+                return
+    book, ending = launched
+    state, folder = book.state, book.folder
     print(f"run: {folder.place}")
     print(f"environment steps: {state.env_steps}, learner steps: {state.learner.learner_steps}")
     if not state.learner.learner_steps:
@@ -290,135 +215,21 @@ def train_in(
         print_result(evaluate_run(folder, seeds))
 
 
+def play_here(*launched: Any) -> Generator[None, None, Ending]:
+    from distributed_muzero.workers.local import turns
+
+    return turns(*launched)
+
+
+def play_on_ray(*launched: Any) -> Generator[None, None, Ending]:
+    from distributed_muzero.cluster.session import turns
+
+    return turns(*launched)
+
+
 def nothing_learnt(env_steps: int, min_size_to_sample: int) -> str:
     waits = f"the learner waits for {min_size_to_sample} stored steps (replay.min_size_to_sample)"
     return f"nothing was learnt, and there is no checkpoint{f': {waits}' if env_steps < min_size_to_sample else ''}"
-
-
-def check_can_begin(folder: RunFolder, counts: Mapping[str, Any]) -> None:
-    """Before a run at a URI is taken over. Raises RunIsOver, RunError for a port in use, and as `check_parts` does."""
-    from distributed_muzero.observability.exporter import check_port
-    from distributed_muzero.workers.bookkeeper import why_over_by
-
-    check_port(folder.config.metrics)
-    check_not_over(folder.name, why_over_by(folder.config.run, counts))
-    check_parts(folder.config)
-
-
-def check_not_over(run: str, reason: str | None) -> None:
-    """reason: the limit that the run has reached. Raises RunIsOver if there is one."""
-    if reason:
-        raise RunIsOver(
-            f"run {run} is over: {reason}; resume it with a higher limit to go on, or with none, such as "
-            "--set run.stop_at_return=null"
-        )
-
-
-@contextmanager
-def starting(folder: RunFolder, copies: Copies | None) -> Iterator[None]:
-    """While the replay is made ready. The run's status, and its copy's, no longer tells of an earlier launch."""
-    try:
-        folder.write_counts("starting")
-        if copies:
-            # Before an import, which may take long: whoever finds the copy sees that somebody is at work.
-            copies.push()
-        yield
-    except DistributedMuZeroError as error:
-        with suppress(RunError):
-            folder.write_counts("failed", first_line(error))
-            if copies:
-                copies.push()
-        raise
-
-
-def play(book: Bookkeeper, in_process: bool, stop: Stop) -> Ending:
-    """One launch of the run, to its end."""
-    if in_process:
-        from distributed_muzero.workers.local import train as train_loop
-    else:
-        from distributed_muzero.cluster.session import train as train_loop
-
-    progress, folder = book.progress, book.folder
-    progress.message(f"run {folder.name} in {folder.place}")
-    if book.launch.number:
-        progress.message(
-            f"going on from {book.state.env_steps} environment steps, "
-            f"{book.state.learner.learner_steps} learner steps"
-        )
-    progress.message("starting its workers")
-    status, reason = "failed", None
-    # The last copy holds what `close` writes.
-    with book.copies.keep_pushing() if book.copies else nullcontext():
-        try:
-            ending = train_loop(book.config, folder.name, book, stop.is_set)
-            status, reason = "stopped" if ending.was_stopped else "finished", ending.reason
-        except Exception as error:
-            reason = first_line(error)
-            raise
-        finally:
-            book.close(status, reason)
-    book.tell_of_copies()
-    progress.message(f"{status} after {book.state.seconds:.1f} s: {ending.reason}")
-    return ending
-
-
-def import_stored(
-    folder: RunFolder,
-    datasets: Sequence[Path | str],
-    copies: Copies | None,
-    tell: Callable[[str], None],
-    stop_requested: Callable[[], bool],
-) -> None:
-    """Puts the datasets' episodes into the run's replay; those that it holds already are not stored twice.
-
-    What a stop or a kill leaves out is imported when the run goes on, here or elsewhere. Raises RunError if nothing can
-    be learnt from.
-    """
-    if not datasets:
-        check_can_learn(folder, copies)
-        return
-    folder.write_datasets(datasets)
-    if copies:
-        copies.push()
-    from distributed_muzero.replay.dataset import import_datasets
-    from distributed_muzero.workers.builder import Builder
-
-    pushing = copies.keep_pushing(once_more=False) if copies else nullcontext()
-    with pushing, dataset_paths(datasets) as paths:
-        counts = import_datasets(paths, folder.replay, Builder(folder.config, folder.name), stop_requested)
-    if copies:
-        # Before the copy may say that nothing is left to import.
-        copies.push()
-    if stop_requested():
-        tell("the import was stopped; it goes on when the run does")
-        return
-    if not counts.stored + counts.duplicates:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in counts.rejected.items())
-        raise RunError(
-            f"none of the {counts.offered} stored episodes can be learnt from ({reasons}); "
-            "choose other datasets, or settings that fit them"
-        )
-    folder.write_datasets([])
-    tell(
-        f"{counts.offered} stored episodes: {counts.stored} new ({counts.stored_transitions} transitions), "
-        f"{counts.duplicates} known, {sum(counts.rejected.values())} refused"
-    )
-    if counts.evicted_transitions:
-        tell(
-            f"{counts.evicted_transitions} transitions didn't fit; raise replay.max_transitions to use them all"
-        )
-
-
-def check_can_learn(folder: RunFolder, copies: Copies | None) -> None:
-    """Raises RunError for a run that learns from stored episodes alone, and has none: it would wait for ever."""
-    if not folder.config.is_offline:
-        return
-    has_episodes = copies.has_episodes() if copies else any(folder.replay.glob("shard_*/episodes/segment_*"))
-    if not has_episodes:
-        raise RunError(
-            f"run {folder.name!r} learns from stored episodes alone, and {folder.place} holds none: put some in with "
-            f"`replay import {folder.name} DATASET`, or start another run with --offline DATASET"
-        )
 
 
 class Stop:

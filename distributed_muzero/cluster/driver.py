@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -100,13 +100,14 @@ class Driver:
         self._next_exchange = 0.0
         self._bytes_to_fetch = 0  # by a shard, at most, before its first answer
 
-    def run(self) -> Ending | None:
-        """Plays and learns until a limit of the run or a request to stop.
+    def turns(self) -> Generator[None, None, Ending | None]:
+        """Plays and learns until a limit of the run or a request to stop, a turn of the loop at a time.
 
-        None: another number of shards is asked for. All processes are ended then, for another driver to go on.
+        Between two turns, processes do what they were asked for and no more. Returns None where another number of
+        shards is asked for: all processes are ended then, for another driver to go on.
         """
         try:
-            return self._run()
+            return (yield from self._turns())
         except DistributedMuZeroError:
             if not self._has_ended:
                 try:
@@ -115,7 +116,7 @@ class Driver:
                     self.book.progress.message(str(error))
             raise
 
-    def _run(self) -> Ending | None:
+    def _turns(self) -> Generator[None, None, Ending | None]:
         self._create()
         while True:
             self._handle_results()
@@ -137,8 +138,9 @@ class Driver:
                     self._end(seconds=RESHARD_SECONDS)
                 except RunError as error:  # the next learner goes on from the last checkpoint
                     self.book.progress.message(str(error))
-                self._kill_all()
+                self.kill_all()
                 return None
+            yield
 
     @property
     def _is_stopped(self) -> bool:
@@ -277,7 +279,7 @@ class Driver:
         if role.handle is not None:
             ray.kill(role.handle)
 
-    def _kill_all(self) -> None:
+    def kill_all(self) -> None:
         for role in (
             *self.actors,
             *self.leaving,

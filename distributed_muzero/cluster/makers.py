@@ -68,7 +68,10 @@ class Makers:
         return LearnerWorker.options(**options).remote(self.config, self.run_name, self._shard_handles)
 
     def _actor(self, index: int) -> Any:
-        return ActorWorker.remote(
+        # Where the run lives in a placement group, there is room in it for so many; others find theirs elsewhere.
+        is_extra = index >= self.config.actor.num_actors
+        options = {"scheduling_strategy": "DEFAULT"} if is_extra else {}
+        return ActorWorker.options(**options).remote(
             self.config,
             self.run_name,
             index,

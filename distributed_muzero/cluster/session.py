@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,16 +26,21 @@ EXCHANGE_SECONDS = 10.0
 SHARDS_END_SECONDS = 15.0  # until killed shards have let go of their logs
 
 
-def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Callable[[], bool]) -> Ending:
-    """The same as `workers.local.train`, with the roles as processes."""
+def turns(
+    config: Config, run_name: str, book: Bookkeeper, stop_requested: Callable[[], bool]
+) -> Generator[None, None, Ending]:
+    """The same as `workers.local.turns`, with the roles as processes."""
     with ray_session(num_cpus(config)):
         desired = first_desired(config)._replace(shards_stay=book.copies is not None)
         control = make_control(run_name, desired)
         while True:
             driver = Driver(config, run_name, book, stop_requested, desired, control)
-            if ending := driver.run():
-                return ending
-            control = driver.control.handle
+            try:
+                if ending := (yield from driver.turns()):
+                    return ending
+            finally:
+                driver.kill_all()  # Ray may go on without the run
+                control = driver.control.handle
             # The number that was chosen goes on, where one was.
             desired = driver.desired._replace(num_actors=driver.autoscaler.num_actors)
             desired = change_shards(book, desired, control)
@@ -71,7 +76,13 @@ def num_cpus(config: Config) -> int:
 
 @contextmanager
 def ray_session(num_cpus: int, **options: object) -> Iterator[None]:
-    """Connects to RAY_ADDRESS if it is set; else starts a Ray on this machine and ends it afterwards."""
+    """Ray as this process has it; else connects to RAY_ADDRESS if it is set; else starts one on this machine.
+
+    It is ended afterwards, unless it was there before.
+    """
+    if ray.is_initialized():
+        yield
+        return
     address = os.environ.get("RAY_ADDRESS")
     if is_http(address):
         raise ClusterError(

@@ -30,7 +30,7 @@ from distributed_muzero.types import Episode
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.outbox import Outbox
 from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
-from distributed_muzero.workers.run_state import ActorReport
+from distributed_muzero.workers.run_state import ActorReport, outcome
 
 BLOCKED_SECONDS = 0.08  # between two offers of an actor that is held back, as Actor.play waits in the end
 WARM_UP_SECONDS = 1.0  # after the last actor has begun
@@ -336,7 +336,7 @@ def simulate(
     stretch = Stretch(players.num_actors, seconds)
     stretch.driver = Driver(config, name, book, stretch.is_over, desired, control, makers)
     try:
-        stretch.driver.run()
+        outcome(stretch.driver.turns())
         assert stretch.first and stretch.last
         deliver_the_rest(makers, stretch.driver.learner.handle)
         return result(makers, stretch.driver.learner.handle, stretch.first, stretch.last)

@@ -143,6 +143,7 @@ class Bookkeeper:
         self._undelivered = 0
         self._restarts = Counter(dict.fromkeys(ROLES, 0))
         self._checkpoint_seconds: float | None = None
+        self._checkpoint_is_asked = False
         self._published: Version | None = None
         self._actor_starts: Counter[int] = Counter()
         self.status: dict[str, Any] = {}
@@ -303,14 +304,23 @@ class Bookkeeper:
     def checkpoint_is_due(self, learner_steps: int) -> bool:
         """Whether too much would be lost with the learner."""
         waited = self._clock() - self._last_checkpoint >= self.config.learner.checkpoint_seconds
-        return waited and learner_steps > self._saved_step
+        return (waited or self._checkpoint_is_asked) and learner_steps > self._saved_step
+
+    def ask_for_checkpoint(self) -> None:
+        """One is due at once, if there is anything new to save."""
+        self._checkpoint_is_asked = True
+
+    @property
+    def owes_checkpoint(self) -> bool:
+        """Whether one was asked for that isn't written yet."""
+        return self._checkpoint_is_asked and self.state.learner.learner_steps > self._saved_step
 
     def write_checkpoint(
         self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any]
     ) -> Path:
         """Writes what `Learner.state()` gave and prunes old ones."""
         step = int(state["learner_steps"])
-        began, self._saved_step = self._clock(), step
+        began, self._saved_step, self._checkpoint_is_asked = self._clock(), step, False
         path = checkpoint.write_checkpoint(
             self.folder.checkpoints,
             step,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 
 from distributed_muzero import checkpoint
@@ -22,8 +22,10 @@ from distributed_muzero.workers.run_state import STOPPED, Crew, Ending, Reanalys
 MAX_LEARNER_STEPS_A_TURN = 32
 
 
-def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Callable[[], bool]) -> Ending:
-    """Runs the loop until a limit of `config.run` or a request to stop."""
+def turns(
+    config: Config, run_name: str, book: Bookkeeper, stop_requested: Callable[[], bool]
+) -> Generator[None, None, Ending]:
+    """Plays and learns until a limit of `config.run` or a request to stop, a turn of the loop at a time."""
     builder = Builder(config, run_name)
     shards = [builder.replay_shard(index, book.folder.replay) for index in range(config.replay.num_shards)]
     learner, evaluator = builder.learner(), builder.evaluator()
@@ -70,6 +72,7 @@ def train(config: Config, run_name: str, book: Bookkeeper, stop_requested: Calla
                 save(learner, book)
             if reason:
                 return Ending(reason)
+            yield
     except DeviceLost as error:
         save(learner, book)  # its own weights are whole
         raise RunError(f"{error}. What was learnt is saved: resume goes on from there") from None

@@ -7,12 +7,14 @@ report the same metrics.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from distributed_muzero.config import RunConfig
 from distributed_muzero.observability.metrics import metric_of
+
+T = TypeVar("T")
 
 RETURNS_WINDOW = 100  # episodes in the mean return, as the field's tools report it
 
@@ -66,6 +68,15 @@ class Ending(NamedTuple):
 
 
 STOPPED = Ending("a stop was asked for", True)
+
+
+def outcome(turns: Generator[Any, None, T]) -> T:
+    """Takes all turns; what the last one returned."""
+    while True:
+        try:
+            next(turns)
+        except StopIteration as over:
+            return over.value
 
 
 class Crew(NamedTuple):
@@ -172,6 +183,15 @@ class RunState:
     @property
     def seconds(self) -> float:
         return self._clock() - self._began
+
+    @property
+    def last_returns(self) -> list[float]:
+        """Of the last episodes, RETURNS_WINDOW at most."""
+        return list(self._returns)
+
+    @property
+    def last_lengths(self) -> list[int]:
+        return list(self._lengths)
 
     def add_actor_report(self, report: ActorReport) -> None:
         self.env_steps += report.env_steps

@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from distributed_muzero.cli import train
 from distributed_muzero.cli.train import asks_for_shards, train_in
 from distributed_muzero.config import load_preset, make_config
 from distributed_muzero.errors import RunError
 from distributed_muzero.run_folder import create_run
+from distributed_muzero.workers import launching
 from distributed_muzero.workers.runs import created, current_status, opened
 from tests import processes
 
@@ -54,7 +54,7 @@ def test_a_stop_during_an_import_is_told_and_is_the_runs_last_word(ended_run, mo
         seen.append(told(folder.current_status()))
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train, "import_stored", stopped_import)
+    monkeypatch.setattr(launching, "import_stored", stopped_import)
     launch(ended_run)
     assert seen == [{"run": "r", "state": "starting", "learner_steps": 5}]
     last = told(ended_run.current_status())
@@ -71,7 +71,7 @@ def test_what_a_killed_launch_said_of_its_processes_is_not_said_of_the_next(ende
         seen.append(told(folder.current_status()))
         raise RunError("that is enough")
 
-    monkeypatch.setattr(train, "import_stored", look)
+    monkeypatch.setattr(launching, "import_stored", look)
     with pytest.raises(RunError, match="that is enough"):
         launch(ended_run)
     assert seen == [{"run": "r", "state": "starting", "learner_steps": 5}]
@@ -84,7 +84,7 @@ def test_whoever_finds_the_copy_of_a_run_that_imports_sees_that_somebody_is_at_w
         seen.append(told(current_status("r", there)))
         raise RunError("nothing can be learnt from")
 
-    monkeypatch.setattr(train, "import_stored", look)
+    monkeypatch.setattr(launching, "import_stored", look)
     with pytest.raises(RunError, match="nothing can be learnt from"):
         train_in(created(there, "r", make_config(load_preset("debug"))), lambda config: config, True)
     assert seen == [{"run": "r", "state": "starting"}]
@@ -95,7 +95,7 @@ def test_a_launch_that_fails_before_anybody_has_played_has_failed(ended_run, mon
     def refuse(*_):
         raise RunError("none of the episodes can be learnt from")
 
-    monkeypatch.setattr(train, "import_stored", refuse)
+    monkeypatch.setattr(launching, "import_stored", refuse)
     with pytest.raises(RunError, match="none of the episodes"):
         launch(ended_run)
     last, reason = told(ended_run.current_status()), "none of the episodes can be learnt from"

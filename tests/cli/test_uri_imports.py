@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distributed_muzero.cli.train import dataset_path, import_stored
 from distributed_muzero.config import make_config
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import RunError
@@ -16,6 +15,7 @@ from distributed_muzero.replay import dataset
 from distributed_muzero.replay.inspection import list_all_held
 from distributed_muzero.replay.schema import StoredEpisode
 from distributed_muzero.run_folder import create_run
+from distributed_muzero.workers.importing import dataset_path, import_stored
 from distributed_muzero.workers.runs import created, open_to_read, opened
 from tests.cli.test_uri_runs import fail
 from tests.episodes import make_episode

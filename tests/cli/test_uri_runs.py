@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from distributed_muzero import checkpoint
-from distributed_muzero.cli.train import check_can_begin
 from distributed_muzero.cluster.program import ReplayShardWorker
 from distributed_muzero.cluster.run_control import Desired
 from distributed_muzero.config import load_preset, make_config
@@ -25,6 +24,7 @@ from distributed_muzero.mirror.uri import local_runs_dir
 from distributed_muzero.replay.inspection import list_all_held
 from distributed_muzero.run_folder import create_run, locked
 from distributed_muzero.workers import runs
+from distributed_muzero.workers.launching import check_can_begin
 from distributed_muzero.workers.replay_shard import ReplayShard
 from distributed_muzero.workers.run_copy import Copies, ShardCopy, interval_seconds
 from distributed_muzero.workers.runs import (

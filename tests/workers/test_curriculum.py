@@ -30,7 +30,7 @@ from distributed_muzero.workers.curriculum import Begun, Change, Curriculum, Res
 from distributed_muzero.workers.environment_pool import EnvironmentPool
 from distributed_muzero.workers.outbox import Outbox
 from distributed_muzero.workers.replay_shard import InsertReply
-from distributed_muzero.workers.run_state import ActorReport
+from distributed_muzero.workers.run_state import ActorReport, outcome
 from tests.workers.test_actor import some_weights
 
 # A chain whose right end comes ever later; to reach it is to win.
@@ -338,7 +338,7 @@ def launch(folder, **limits):
     with Progress(Console(file=told, width=300)) as progress:
         book = Bookkeeper(folder.config, folder, progress, launch=folder.begin_launch())
         began = book.curriculum.state()
-        local.train(folder.config, folder.name, book, lambda: book.curriculum.stage == 2)
+        outcome(local.turns(folder.config, folder.name, book, lambda: book.curriculum.stage == 2))
         book.close("finished")
     return book, began, told.getvalue()
 

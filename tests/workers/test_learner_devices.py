@@ -32,6 +32,7 @@ from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import Builder
 from distributed_muzero.workers.learner import Learner
 from distributed_muzero.workers.learner_group import DeviceLost
+from distributed_muzero.workers.run_state import outcome
 from tests.processes import find_role, run, started, status, wait_for
 from tests.workers.test_learner import SMALL, digest, make_batches
 
@@ -381,7 +382,7 @@ def test_a_run_in_one_process_saves_what_was_learnt_when_a_device_is_lost(tmp_pa
         return False
 
     with pytest.raises(RunError, match=r"was killed by signal 9\. What was learnt is saved"):
-        local.train(config, "r", book, kill_when_it_has_learnt)
+        outcome(local.turns(config, "r", book, kill_when_it_has_learnt))
     book.close("failed")
     assert checkpoint.latest_checkpoint(folder.checkpoints).step >= book.state.learner.learner_steps > 0
     assert not helpers_of()

@@ -14,6 +14,7 @@ from distributed_muzero.run_folder import create_run
 from distributed_muzero.workers import local
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import Builder
+from distributed_muzero.workers.run_state import outcome
 
 
 def train(tmp_path, name, sections=None, interval_seconds=100.0, **limits):
@@ -28,7 +29,7 @@ def train(tmp_path, name, sections=None, interval_seconds=100.0, **limits):
     )
     folder = create_run(tmp_path, name, config)
     book = Bookkeeper(config, folder, Progress(Console(file=io.StringIO())))
-    reason = local.train(config, name, book, lambda: False).reason
+    reason = outcome(local.turns(config, name, book, lambda: False)).reason
     book.close("finished")
     return folder, book, reason
 

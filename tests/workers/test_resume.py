@@ -15,8 +15,8 @@ from distributed_muzero.observability.progress import Progress
 from distributed_muzero.replay.inspection import list_all_held
 from distributed_muzero.run_folder import Launch, create_run, open_run
 from distributed_muzero.workers.bookkeeper import Bookkeeper
-from distributed_muzero.workers.local import train
-from distributed_muzero.workers.run_state import LearnerReport
+from distributed_muzero.workers.local import turns
+from distributed_muzero.workers.run_state import LearnerReport, outcome
 
 SMALL = {
     "environment": {"id": "chain"},
@@ -36,7 +36,7 @@ def launch(folder, max_train_steps):
     with Progress(limits=folder.config.run) as progress:
         book = Bookkeeper(folder.config, folder, progress, launch=folder.begin_launch())
         before = (book.state.env_steps, book.state.learner.learner_steps)
-        train(folder.config, folder.name, book, lambda: False)
+        outcome(turns(folder.config, folder.name, book, lambda: False))
         book.close("finished")
     return book, before
 
@@ -70,7 +70,7 @@ def test_it_learns_on_from_the_checkpoints_weights(run):
     saved = checkpoint.latest_checkpoint(run.checkpoints)
     with Progress(limits=run.config.run) as progress:
         book = Bookkeeper(run.config, run, progress, launch=run.begin_launch())
-        assert train(run.config, run.name, book, lambda: True).was_stopped
+        assert outcome(turns(run.config, run.name, book, lambda: True)).was_stopped
         book.close("stopped")
     after = checkpoint.latest_checkpoint(run.checkpoints)
     assert after.state["weights_version"] > saved.state["weights_version"]

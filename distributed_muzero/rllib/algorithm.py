@@ -1,0 +1,332 @@
+"""DistributedMuZero: a run, an iteration at a time, as RLlib's Algorithm and Tune's Trainable are driven."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray import tune
+from ray.tune import Trainable
+from ray.tune.execution.placement_groups import PlacementGroupFactory
+
+from distributed_muzero import checkpoint
+from distributed_muzero.cluster.session import num_cpus
+from distributed_muzero.cluster.session import turns as play_on_ray
+from distributed_muzero.errors import ContractError, RunError, RunIsOver
+from distributed_muzero.files import to_json, write_atomically
+from distributed_muzero.observability.progress import Progress
+from distributed_muzero.rllib.config import MuZeroConfig
+from distributed_muzero.rllib.results import Counts, of_episodes, result
+from distributed_muzero.run_folder import RunFolder, create_run, open_run
+from distributed_muzero.workers.bookkeeper import Bookkeeper
+from distributed_muzero.workers.builder import Builder
+from distributed_muzero.workers.evaluator import Evaluator
+from distributed_muzero.workers.launching import Loop, Turns, check_parts, launch
+from distributed_muzero.workers.run_state import Ending
+from distributed_muzero.workers.snapshot import copy_run
+
+NAME = "DistributedMuZero"
+SETTINGS_FILE, STATE_FILE, RUN_FOLDER = "muzero_config.yaml", "muzero_state.json", "run"
+NOT_SAVED = ("tensorboard", "history", "videos")
+EVALUATION_STREAM = 10**12  # its games are no others': the run's own use learner steps as seeds
+
+logger = logging.getLogger(__name__)
+
+
+class Logged(Progress):
+    """What a run has to say, in this process' log; who calls `train()` sees the rest in its results."""
+
+    def update(self, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        logger.info(text)
+
+
+class DistributedMuZero(Trainable):
+    """One run, made by `MuZeroConfig.build_algo()` or by Tune. Its processes start with the first `train()`.
+
+    They play and learn during `train()` alone: between two calls they finish what they are at, and wait. The run's
+    folder lies in `logdir`, for `distributed-muzero watch`, `evaluate`, `plot` and others. Raises ConfigError,
+    EnvironmentFailure and RunError as `distributed-muzero train` does.
+    """
+
+    def __init__(self, config: MuZeroConfig | Mapping[str, Any] | None = None, storage: Any = None):
+        settings = config.to_dict() if isinstance(config, MuZeroConfig) else dict(config or {})
+        super().__init__(settings, storage)
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.algorithm_config = MuZeroConfig.from_dict(config)
+        self._plan = self.algorithm_config.plan()
+        check_parts(self._plan.config)
+        self._folder: RunFolder | None = None
+        self._stack = ExitStack()
+        self._turns: Turns | None = None
+        self._book: Bookkeeper | None = None
+        self._evaluator: Evaluator | None = None
+        self._is_over = False
+        self._reported = Counts()
+        self._rng = np.random.default_rng(self._plan.config.run.seed)
+
+    # One iteration -----------------------------------------------------------------------------------------------
+
+    def step(self) -> dict[str, Any]:
+        """An iteration, of so many seconds and environment steps as `.reporting()` asks for at least."""
+        given, began = self._plan.given, time.monotonic()
+        book = self._begun()
+        before = self._reported
+        is_over = False
+        while not is_over and (
+            time.monotonic() - began < given.min_seconds
+            or book.state.env_steps - before.env_steps < given.min_env_steps
+        ):
+            is_over = not self._take_turn()
+        now = self._reported = Counts.of(book.state, before.seconds + time.monotonic() - began)
+        found = result(book.state, now, before, book.config.learner.batch_size, book.status)
+        if given.evaluation_interval and (self.iteration + 1) % given.evaluation_interval == 0:
+            found["evaluation"] = self.evaluate()
+        return {**found, "done": is_over}
+
+    def evaluate(self) -> dict[str, Any]:
+        """Whole games without noise by the weights as they are now; the run doesn't go on meanwhile."""
+        saved = self._saved()
+        config, steps = self._plan.config, saved.step if saved else 0
+        played = self._loaded_evaluator(saved).evaluate(
+            config.evaluator.num_episodes,
+            (config.run.seed, EVALUATION_STREAM, steps),
+            config.evaluator.num_simulations,
+        )
+        others = {name: played[name] for name in ("solved", "score") if name in played}
+        return {
+            "env_runners": {**of_episodes(played["returns"]), "num_episodes": played["episodes"], **others}
+        }
+
+    def compute_single_action(
+        self,
+        observation: Any,
+        *,
+        action_mask: Any = None,
+        num_simulations: int | None = None,
+        explore: bool = False,
+    ) -> int:
+        """The flat action of one search from an observation [*O] by the weights as they are now.
+
+        action_mask: [*A], 1 = allowed; all are without it.   num_simulations: in place of the config's.
+        explore: draw the action in proportion to the search's policy, with noise at the root.
+        Raises ContractError for shapes that don't fit.
+        """
+        from distributed_muzero.algorithm.planning import as_array, legal_mask, plan_batch
+
+        config, spec = self._plan.config, self._builder.spec
+        seen = as_array(observation).astype(spec.observation_dtype, copy=False)
+        shape = (config.environment.history_length, *spec.observation_shape)
+        if seen.size != np.prod(shape):
+            raise ContractError(
+                f"an observation of shape {seen.shape} came; expected {spec.observation_shape}, or {shape} with those "
+                "before it, as the environment's `spec` says"
+            )
+        mask = np.ones(spec.action_shape) if action_mask is None else as_array(action_mask)
+        if mask.size != spec.num_actions:
+            raise ContractError(f"a mask of shape {mask.shape} came; expected {spec.action_shape}")
+        model = self._loaded_evaluator(self._saved()).model.search_model
+        assert model is not None
+        plan = plan_batch(
+            model,
+            seen.reshape(1, *shape),
+            legal_mask(mask)[None],
+            config.search,
+            config.algorithm.discount * (-1 if spec.num_players == 2 else 1),
+            rng=self._rng,
+            noise=explore,
+            num_simulations=num_simulations,
+        )
+        weights = plan.result.action_weights[0]
+        if explore:
+            return int(self._rng.choice(len(weights), p=weights / weights.sum()))
+        return int(plan.result.visit_counts[0].argmax() if plan.actions is None else plan.actions[0])
+
+    # What is saved -----------------------------------------------------------------------------------------------
+
+    def save_to_path(self, path: str | Path | None = None) -> str:
+        """Saves what the run can go on from, here or in another process, into a new or empty folder; returns its path.
+
+        Weights, optimizer, what was played unless `store_buffer_in_checkpoints` is False, counts, and the settings.
+        Raises RunError.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="muzero-")) if path is None else Path(path).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save_checkpoint(str(folder))
+        return str(folder)
+
+    def restore_from_path(self, path: Any) -> None:
+        """Goes on from what `save_to_path`, or a trial, has saved; with this algorithm's own settings.
+
+        path: a folder, or a Checkpoint of Tune. Raises RunError for what isn't one, or has other networks.
+        """
+        if isinstance(path, tune.Checkpoint):
+            with path.as_directory() as folder:
+                self.restore_from_path(folder)
+            return
+        self.load_checkpoint(str(path))
+        state = _read_state(Path(path))
+        self._iteration, self._time_total = state["training_iteration"], state["time_total_s"]
+
+    @classmethod
+    def from_checkpoint(cls, path: Any) -> DistributedMuZero:
+        """An algorithm with the settings that were saved, which goes on where it stood. Raises RunError."""
+        if isinstance(path, tune.Checkpoint):
+            with path.as_directory() as folder:
+                return cls.from_checkpoint(folder)
+        _check_saved(Path(path))
+        algorithm = cls(MuZeroConfig.from_yaml((Path(path) / SETTINGS_FILE).read_text()))
+        algorithm.restore_from_path(path)
+        return algorithm
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        folder = Path(checkpoint_dir)
+        self._saved()
+        left_out = NOT_SAVED if self._plan.given.store_buffer else (*NOT_SAVED, "replay")
+        copy_run(self._run_folder().path, folder / RUN_FOLDER, left_out)
+        state = {"training_iteration": self.iteration, "time_total_s": self._time_total}
+        write_atomically(folder / STATE_FILE, to_json(state))
+        write_atomically(folder / SETTINGS_FILE, self.algorithm_config.to_yaml().encode())
+
+    def load_checkpoint(self, checkpoint_dir: Any) -> None:
+        _check_saved(Path(checkpoint_dir))
+        self._end()
+        if self._folder and self._storage:
+            shutil.rmtree(self._folder.path, ignore_errors=True)  # a trial's, which nobody looks for
+        path = Path(self.logdir) / self._new_name()
+        copy_run(Path(checkpoint_dir) / RUN_FOLDER, path)
+        for name in ("checkpoints", "replay", "tensorboard"):
+            (path / name).mkdir(exist_ok=True)
+        self._folder = open_run(str(path)).with_config(self._plan.config)
+
+    # The run -----------------------------------------------------------------------------------------------------
+
+    def _begun(self) -> Bookkeeper:
+        """The book of the launch, which starts with the first call. Raises RunIsOver after a stop."""
+        if self._turns is None:
+            folder = self._run_folder()
+            self._stack.enter_context(folder.locked())
+            loop: Loop = _play_here if self._plan.in_process else play_on_ray
+            self._turns = launch(
+                (folder, None),
+                self._plan.config,
+                self._plan.in_process,
+                loop,
+                Logged(),
+                lambda: False,
+                self._plan.datasets,
+            )
+            self._take_turn()
+            assert self._book is not None
+            self._reported = Counts.of(self._book.state, 0.0)
+        if self._is_over or self._book is None:
+            raise RunIsOver("the run was stopped; restore it from a checkpoint, or build another")
+        return self._book
+
+    def _take_turn(self) -> bool:
+        """False if the run is over."""
+        assert self._turns is not None
+        try:
+            self._book = next(self._turns)
+        except StopIteration:
+            self._is_over = True
+        return not self._is_over
+
+    def _saved(self) -> checkpoint.Checkpoint | None:
+        """The weights as they are now, in a checkpoint of the run; None before the first learner step."""
+        book = self._book
+        if book is not None and not self._is_over:
+            book.ask_for_checkpoint()
+            while book.owes_checkpoint and self._take_turn():
+                pass
+        return checkpoint.latest_checkpoint(self._run_folder().checkpoints)
+
+    def _loaded_evaluator(self, saved: checkpoint.Checkpoint | None) -> Evaluator:
+        if self._evaluator is None:
+            self._evaluator = self._builder.evaluator()
+        if saved is None:  # networks of one seed begin alike in all processes
+            self._evaluator.model.load(0, self._evaluator.model.flat.read().numpy())
+        else:
+            self._evaluator.load(saved)
+        return self._evaluator
+
+    @cached_property
+    def _builder(self) -> Builder:
+        return Builder(self._plan.config, NAME)
+
+    def _run_folder(self) -> RunFolder:
+        if self._folder is None:
+            self._folder = create_run(self.logdir, self._new_name(), self._plan.config)
+        return self._folder
+
+    def _new_name(self) -> str:
+        """Of a run, in a cluster with others."""
+        return f"{self.trial_id if self._trial_info else 'muzero'}-{uuid.uuid4().hex[:8]}"
+
+    def _end(self) -> None:
+        """At once: what was learnt since the last checkpoint is lost."""
+        if self._turns is not None:
+            self._turns.close()
+        if self._evaluator is not None:
+            self._evaluator.close()
+        self._stack.close()
+        self._turns = self._book = self._evaluator = None
+        self._is_over = False
+
+    def cleanup(self) -> None:
+        self._end()
+
+    # Tune --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def default_resource_request(cls, config: Mapping[str, Any]) -> PlacementGroupFactory:
+        """A CPU for the trial with its learner and replay, one for each actor and reanalyser; the learner's GPUs."""
+        plan = MuZeroConfig.from_dict(config).plan()
+        learner = plan.config.learner
+        gpus: dict[str, float] = {"GPU": learner.num_devices} if learner.device == "cuda" else {}
+        if plan.in_process:
+            return PlacementGroupFactory([{"CPU": 1, **gpus}])
+        bundles: list[dict[str, float]] = [{"CPU": 1} for _ in range(1 + num_cpus(plan.config))]
+        return PlacementGroupFactory([*bundles, gpus] if gpus else bundles)
+
+
+def _play_here(*launched: Any) -> Generator[None, None, Ending]:
+    from distributed_muzero.workers.local import turns
+
+    return turns(*launched)
+
+
+def _check_saved(path: Path) -> None:
+    missing = [name for name in (SETTINGS_FILE, STATE_FILE, RUN_FOLDER) if not (path / name).exists()]
+    if missing:
+        raise RunError(
+            f"{path} holds no saved DistributedMuZero: {', '.join(missing)} is not there; expected a folder that "
+            "save_to_path() or a trial of Tune has written"
+        )
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((path / STATE_FILE).read_text())
+        return {
+            "training_iteration": int(state["training_iteration"]),
+            "time_total_s": float(state["time_total_s"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"can't read {path / STATE_FILE}: {error}") from None
+
+
+tune.register_trainable(NAME, DistributedMuZero)

@@ -1,0 +1,190 @@
+"""RLlib's names for a run's settings, and what stands behind each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from distributed_muzero.config import Config
+from distributed_muzero.errors import ConfigError
+
+NEVER_SECONDS = 1e9  # between two evaluations that nobody asked for
+
+
+class Setting(NamedTuple):
+    """A name that RLlib's users know."""
+
+    method: str  # of MuZeroConfig
+    key: str | None  # section.key of a run's config; None: it is read below
+    meaning: str
+
+
+SETTINGS = {
+    "env": Setting(
+        "environment", "environment.id", "an id of `distributed-muzero envs`, or a registered name"
+    ),
+    "env_config": Setting("environment", "environment.kwargs", "what the environment is made with"),
+    "max_episode_steps": Setting(
+        "environment", "environment.max_episode_steps", "a longer game is truncated"
+    ),
+    "history_length": Setting("environment", "environment.history_length", "observations stacked"),
+    "num_env_runners": Setting("env_runners", None, "actors; 0 = one process plays and learns"),
+    "num_envs_per_env_runner": Setting("env_runners", "actor.envs_per_actor", "games in one batched search"),
+    "sample_timeout_s": Setting("env_runners", "actor.timeout_seconds", "a silent actor is replaced"),
+    "autoscale": Setting("env_runners", "actor.autoscale", "fewest and most actors, chosen by the run"),
+    "lr": Setting("training", None, "learner.learning_rate; the rate at its end keeps its share of it"),
+    "gamma": Setting("training", "algorithm.discount", "discount"),
+    "train_batch_size_per_learner": Setting(
+        "training", None, "learner.batch_size is as many for each learner"
+    ),
+    "grad_clip": Setting("training", "learner.max_grad_norm", "by the global norm"),
+    "n_step": Setting("training", "algorithm.td_steps", "rewards before the bootstrap"),
+    "num_unroll_steps": Setting("training", "algorithm.num_unroll_steps", "steps that the model is unrolled"),
+    "num_simulations": Setting("training", "search.num_simulations", "of each search"),
+    "samples_per_insert": Setting(
+        "training", "replay.samples_per_insert", "RLlib's training_intensity, held by a limiter"
+    ),
+    "num_steps_sampled_before_learning_starts": Setting(
+        "training", "replay.min_size_to_sample", "stored steps"
+    ),
+    "replay_buffer_config": Setting("training", None, "capacity, alpha and beta of the replay"),
+    "store_buffer_in_checkpoints": Setting("training", None, "True: what was played is saved as well"),
+    "num_learners": Setting("learners", None, "learner.num_devices; 0 and 1 are the same"),
+    "num_gpus_per_learner": Setting("learners", None, "1: learner.device is cuda; 0, the default: cpu"),
+    "num_cpus_per_learner": Setting("learners", "learner.num_threads", "threads of the learner"),
+    "evaluation_interval": Setting("evaluation", None, "calls of train() from one evaluation to the next"),
+    "evaluation_duration": Setting("evaluation", "evaluator.num_episodes", "episodes of an evaluation"),
+    "evaluation_duration_unit": Setting("evaluation", None, "episodes"),
+    "evaluation_num_simulations": Setting("evaluation", "evaluator.num_simulations", "of each search there"),
+    "evaluation_opponent": Setting(
+        "evaluation", "evaluator.opponent", "in games of two: random, mcts:SIMS, …"
+    ),
+    "input_": Setting("offline_data", None, "datasets or runs to learn from; nobody plays then"),
+    "min_time_s_per_iteration": Setting("reporting", None, "seconds of one train(), 5 unless set"),
+    "min_sample_timesteps_per_iteration": Setting(
+        "reporting", None, "environment steps of one train(), 0 unless set"
+    ),
+    "seed": Setting("debugging", "run.seed", "of everything"),
+}
+
+# Of a run's config, which .training() takes as dictionaries: what RLlib has no name for.
+SECTIONS = (
+    "environment",
+    "network",
+    "algorithm",
+    "search",
+    "actor",
+    "replay",
+    "reanalyse",
+    "curriculum",
+    "learner",
+    "evaluator",
+)
+
+METHODS: dict[str, list[str]] = {}
+for _name, _setting in SETTINGS.items():
+    METHODS.setdefault(_setting.method, []).append(_name)
+METHODS["training"] += SECTIONS[1:]
+
+REPLAY_NAMES = {
+    "capacity": "max_transitions",
+    "alpha": "priority_exponent",
+    "beta": "importance_exponent",
+}
+
+
+class Given(NamedTuple):
+    """What is the face's own, checked."""
+
+    num_env_runners: int | None
+    datasets: tuple[str, ...]
+    store_buffer: bool
+    evaluation_interval: int | None
+    min_seconds: float
+    min_env_steps: int
+
+
+def layers(settings: Mapping[str, Any], base: Config) -> tuple[dict[str, dict[str, Any]], Given]:
+    """The sections of a run's config that the settings ask for, and what else they do.
+
+    base: what they are laid on. Raises ConfigError.
+    """
+    given = _given(settings)
+    sections: dict[str, dict[str, Any]] = {name: dict(settings.get(name, {})) for name in SECTIONS}
+    # How long it goes on is the caller's to say, or Tune's.
+    nothing = dict.fromkeys(("max_env_steps", "max_train_steps", "max_minutes", "stop_at_return"))
+    sections["run"] = nothing
+    sections["evaluator"].setdefault("interval_seconds", NEVER_SECONDS)
+    for name, setting in SETTINGS.items():
+        if setting.key is not None and name in settings:
+            section, _, key = setting.key.partition(".")
+            sections.setdefault(section, {})[key] = settings[name]
+    if given.num_env_runners:
+        sections["actor"]["num_actors"] = given.num_env_runners
+    elif given.num_env_runners == 0:
+        sections["actor"]["num_actors"] = 1
+    if given.datasets:
+        sections["actor"]["num_actors"] = 0
+    for name, value in dict(settings.get("replay_buffer_config", {})).items():
+        if name not in REPLAY_NAMES:
+            raise ConfigError(
+                f"replay_buffer_config has no {name!r}. Known here: {', '.join(REPLAY_NAMES)}; everything else of the "
+                "replay is set by .training(replay={…})"
+            )
+        sections["replay"][REPLAY_NAMES[name]] = value
+    _lay_learner(settings, base, sections["learner"])
+    return sections, given
+
+
+def _lay_learner(settings: Mapping[str, Any], base: Config, learner: dict[str, Any]) -> None:
+    if "lr" in settings:
+        lr = _number("lr", settings["lr"], 0, more=True)
+        share = base.learner.final_learning_rate / base.learner.learning_rate
+        learner["learning_rate"] = lr
+        learner.setdefault("final_learning_rate", lr * share)
+    num_learners = max(_whole("num_learners", settings.get("num_learners", 0)), 1)
+    if "num_learners" in settings:
+        learner["num_devices"] = num_learners
+    if "train_batch_size_per_learner" in settings:
+        rows = _whole("train_batch_size_per_learner", settings["train_batch_size_per_learner"], 1)
+        learner["batch_size"] = rows * num_learners
+    num_gpus = settings.get("num_gpus_per_learner", 0)
+    if num_gpus not in (0, 1):
+        raise ConfigError(f"num_gpus_per_learner={num_gpus!r}: expected 0 or 1")
+    learner.setdefault("device", "cuda" if num_gpus else "cpu")
+
+
+def _given(settings: Mapping[str, Any]) -> Given:
+    unit = settings.get("evaluation_duration_unit", "episodes")
+    if unit != "episodes":
+        raise ConfigError(f"evaluation_duration_unit={unit!r}: expected 'episodes'")
+    paths = settings.get("input_", ())
+    num_runners, interval = settings.get("num_env_runners"), settings.get("evaluation_interval")
+    given = Given(
+        None if num_runners is None else _whole("num_env_runners", num_runners),
+        (paths,) if isinstance(paths, str) else tuple(map(str, paths)),
+        settings.get("store_buffer_in_checkpoints", True),
+        None if interval is None else _whole("evaluation_interval", interval, 1),
+        _number("min_time_s_per_iteration", settings.get("min_time_s_per_iteration", 5.0), 0),
+        _whole("min_sample_timesteps_per_iteration", settings.get("min_sample_timesteps_per_iteration", 0)),
+    )
+    if given.datasets and (given.num_env_runners or given.min_env_steps):
+        raise ConfigError(
+            "input_ is learnt from alone, nobody plays: leave out num_env_runners and "
+            "min_sample_timesteps_per_iteration"
+        )
+    return given
+
+
+def _whole(name: str, value: Any, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r}: expected a whole number, at least {least}")
+    return value
+
+
+def _number(name: str, value: Any, least: float, more: bool = False) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or value < least or (more and value == least):
+        what = "above" if more else "at least"
+        raise ConfigError(f"{name}={value!r}: expected a number {what} {least:g}")
+    return float(value)
