@@ -65,7 +65,7 @@ class NodeSequence(Networks):
         return marked(self.representation_layers(x, is_open, self.relations(slots, is_token)), is_open)
 
     def relations(self, slots: Tensor, is_token: Tensor) -> Tensor | None:
-        """[B, S, S, relations]: 1 where slot i names slot j in an index column; the same where j names i; and where they
+        """[B, S, S, relations]: 1 where slot i names slot j in an index column; then where j names i; then where they
         share a category that links them."""
         if not self.layout.indices and not self.layout.links:
             return None
