@@ -5,7 +5,7 @@ import numpy as np
 from distributed_muzero.environments.base import EnvironmentSpec, TokenColumn
 
 COLUMNS = (
-    TokenColumn("kind", "category", 5),  # 0 = none, and four kinds
+    TokenColumn("kind", "category", 5, links=True),  # 0 = none, and four kinds
     TokenColumn("size", "number"),
     TokenColumn("partner", "index"),
     TokenColumn("wanted", "category", 5, shared=True),

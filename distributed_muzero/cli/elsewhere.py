@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from distributed_muzero.cli.envs import parse_kwargs
 from distributed_muzero.config import make_config
-from distributed_muzero.errors import EnvironmentFailure
+from distributed_muzero.errors import ConfigError, EnvironmentFailure
 
 if TYPE_CHECKING:
     from distributed_muzero.environments.base import EnvironmentSpec
@@ -28,6 +29,13 @@ def in_environment(folder: RunFolder, id: str, kwargs: Mapping[str, Any]) -> Run
     there = replace(folder, config=folder.config.model_copy(update={"environment": environment}))
     check_fits(Builder(folder.config, folder.name), Builder(there.config, folder.name))
     return there
+
+
+def read_kwargs(env: str | None, env_kwargs: str | None) -> dict[str, Any]:
+    """What --env and --env-kwargs say. Raises ConfigError."""
+    if env is None and env_kwargs is not None:
+        raise ConfigError(f"--env-kwargs {env_kwargs} are for the environment that --env ID names; name it")
+    return parse_kwargs(env_kwargs or "{}")
 
 
 def check_fits(own: Builder, other: Builder) -> None:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distributed_muzero.cli import checkpoints, options
-from distributed_muzero.cli.elsewhere import in_environment
-from distributed_muzero.cli.envs import parse_kwargs
+from distributed_muzero.cli.elsewhere import in_environment, read_kwargs
 from distributed_muzero.cli.opponents import load_side, make_opponent, with_search
 from distributed_muzero.errors import ConfigError
 
@@ -90,11 +89,10 @@ def evaluate(
         raise ConfigError(
             f"--games {games}: expected an even number, as each start is played with both colours"
         )
-    if env is None and env_kwargs is not None:
-        raise ConfigError(f"--env-kwargs {env_kwargs} are for the environment that --env ID names; name it")
+    kwargs = read_kwargs(env, env_kwargs)
     folder = with_search(open_to_read(run, runs_dir, exclude=("replay",)), simulations, search_policy)
     if env is not None:
-        folder = in_environment(folder, env, parse_kwargs(env_kwargs or "{}"))
+        folder = in_environment(folder, env, kwargs)
     players = num_players(folder)
     check_players(
         folder.config.environment.id,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from distributed_muzero.cli import checkpoints, options
-from distributed_muzero.cli.elsewhere import in_environment
+from distributed_muzero.cli.elsewhere import in_environment, read_kwargs
 from distributed_muzero.cli.opponents import with_search
 from distributed_muzero.config import EnvironmentConfig
 from distributed_muzero.errors import ConfigError, DistributedMuZeroError, EnvironmentFailure, RunError
@@ -20,7 +22,26 @@ if TYPE_CHECKING:
     from distributed_muzero.workers.solving import Branch, Step
 
 FAMILY = "mathy:"
+FIXED = {"problem", "max_nodes", "sound"}  # kwargs of the environment that aren't anybody's choice here
 LOOKED_THROUGH = 1000  # of the newest runs, for one to solve with
+
+
+class SolveCommand(TyperCommand):
+    """Tells what to do where a problem such as -4x was taken for an option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # that of click, of which newer typers have a copy
+            option = getattr(error, "option_name", "")
+            if not option.startswith("-") or option.startswith("--"):
+                raise
+            problem = next(word for word in words if word.startswith(option))
+            raise ConfigError(
+                f"{problem!r} begins with a minus and was taken for an option; a problem goes last and behind --: "
+                f'solve -- "{problem}"'
+            ) from error
 
 
 def solve(
@@ -36,6 +57,13 @@ def solve(
     env: Annotated[
         str | None,
         typer.Option(metavar="mathy:…", help="Whose rules and whose aim count; the run's own unless given."),
+    ] = None,
+    env_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="YAML",
+            help="For --env, such as '{preferred_term_commute: true}'; the run's own aren't used there.",
+        ),
     ] = None,
     max_moves: Annotated[
         int | None,
@@ -61,7 +89,8 @@ def solve(
     from distributed_muzero.workers.solving import solve as steps_of
 
     folder = with_search(find_run(run, runs_dir), simulations, search_policy)
-    folder = with_problem(folder, problem, env, max_moves)
+    trained_on = folder.config.environment.id
+    folder = with_problem(folder, problem, env, read_kwargs(env, env_kwargs), max_moves)
     saved = checkpoints.load_checkpoint(folder, checkpoint)
     config, builder = folder.config, Builder(folder.config, folder.name)
     model = PolicyModel(builder.networks())
@@ -69,16 +98,18 @@ def solve(
     assert model.search_model is not None
     with closing(builder.environment()) as environment:
         game = Game(environment, config.environment.history_length, seed=0)
-        steps = steps_of(game, model.search_model, config.search, config.algorithm.discount, with_trees=tree)
+        view = View(problem)
+        if not as_json:
+            title = f"{config.environment.id}, {folder.name} at {saved.path.name}"
+            view.introduce(title, config.search, game.env.written)
+        discount = config.algorithm.discount
+        steps = list(steps_of(game, model.search_model, config.search, discount, with_trees=tree))
         if as_json:
             made = [as_dict(step, tree) for step in steps]
             print(json.dumps({"problem": problem, "solved": game.env.won, "steps": made}))
             return
-        view = View(problem)
-        view.introduce(f"{config.environment.id}, {folder.name} at {saved.path.name}", config.search)
-        for step in steps:
-            view.tell(step)
-        view.tell_end(game.env.won, game.env.end)
+        view.tell(steps)
+        view.tell_end(len(steps), game.env.won, game.env.end, trained_on)
 
 
 def find_run(run: str | None, runs_dir: str) -> RunFolder:
@@ -108,25 +139,26 @@ def find_run(run: str | None, runs_dir: str) -> RunFolder:
     )
 
 
-def with_problem(folder: RunFolder, problem: str, env: str | None, max_moves: int | None) -> RunFolder:
+def with_problem(
+    folder: RunFolder, problem: str, env: str | None, env_kwargs: Mapping[str, Any], max_moves: int | None
+) -> RunFolder:
     """The same run in an environment of this one problem, with room for it: as much as its networks can read.
 
-    Raises as `in_environment` does, and ConfigError for an equation or an environment that isn't mathy's.
+    Raises as `in_environment` does, and ConfigError for an environment that isn't mathy's.
     """
     from distributed_muzero.environments.registry import make_environment
     from distributed_muzero.workers.builder import Builder
     from distributed_muzero.workers.solving import room_for
 
-    if "=" in problem:
-        raise ConfigError(
-            f"{problem!r} is an equation; expected an expression to simplify, such as '4x + 2x + 7 - 3'"
-        )
     own = folder.config.environment
     id = own.id if env is None else env
     if not is_mathys(id):
         whose = f"run {folder.name} plays {id}" if env is None else f"--env {id}"
         raise ConfigError(f"{whose}: expected one of mathy's environments, such as {FAMILY}poly-easy")
-    kwargs = {**(own.kwargs if id == own.id else {}), "problem": problem}
+    if fixed := FIXED & env_kwargs.keys():
+        raise ConfigError(f"--env-kwargs: {', '.join(sorted(fixed))}: solve itself sets that; leave it out")
+    given = own.kwargs if env is None else env_kwargs
+    kwargs = {**given, "problem": problem, "sound": True}
     if max_moves is not None:
         kwargs["max_moves"] = max_moves
 

@@ -15,12 +15,14 @@ class TokenColumn(NamedTuple):
     """What one column of an observation [L, C] says of each of its L tokens (or, `shared`, of them all).
 
     category: whole numbers from 0 to size - 1.  number: any finite number.  index: the row of another token, -1 = none.
+    links: of a category of each token: those that share it, 0 aside, have to do with each other, as a name's places do.
     """
 
     name: str
     kind: Literal["category", "number", "index"]
     size: int = 0  # of a category, 2 or more
     shared: bool = False  # the same in every row
+    links: bool = False
 
 
 class EnvironmentSpec(NamedTuple):

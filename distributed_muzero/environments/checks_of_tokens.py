@@ -28,6 +28,8 @@ def check_token_columns(spec: EnvironmentSpec) -> str:
             raise Broken(f"column {column.name}: {column.size} categories; expected 2 or more")
         if column.kind == "index" and column.shared:
             raise Broken(f"column {column.name}: a shared index; expected one of each token")
+        if column.links and (column.kind != "category" or column.shared):
+            raise Broken(f"column {column.name}: only a category of each token links those that share it")
     return f"{len(columns)} columns of up to {shape[0]} tokens"
 
 

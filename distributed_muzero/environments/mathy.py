@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from mathy_core import expressions as ex
 from mathy_core.parser import ExpressionParser
-from mathy_core.util import get_terms
+from mathy_core.util import get_term_ex, get_terms
 from mathy_envs.env import MathyEnv
 from mathy_envs.state import MathyEnvState, MathyEnvStateStep
 from mathy_envs.types import MathyEnvProblem, MathyEnvProblemArgs
@@ -37,6 +37,8 @@ from distributed_muzero.environments.mathy_tokens import (
     describe_nodes,
     in_order,
 )
+from distributed_muzero.environments.mathy_values import check_readable, keeping_value
+from distributed_muzero.environments.mathy_writing import changed_part, written
 from distributed_muzero.errors import EnvironmentFailure, first_line
 
 __all__ = ["MathyEnvironment", "make", "trainable_games"]
@@ -139,27 +141,33 @@ class MathyEnvironment:
         """The current text; after a move that made too many nodes, the text before it."""
         return self._state.agent.problem
 
+    @property
+    def written(self) -> str:
+        """The current expression, with brackets also where mathy leaves them out: (-2)^2, where it writes -2^2."""
+        return written(_root(self._nodes))
+
     def describe(self) -> str:
         agent = self._state.agent
         return f"{agent.problem}\n{agent.moves_remaining} of {self._state.max_moves} moves left"
 
     def action_name(self, action: int) -> str:
         rule, token = self.read_action(action)
-        return f"{rule} at {token}: {self.node_text(token)}"
+        return f"{rule} at {token}: {self.part(action)}"
 
     def read_action(self, action: int) -> tuple[str, int]:
         """The rule's name and the token's number."""
         token, rule = divmod(int(action), self._num_rules)
         return self._mathy.rules[rule].name.lower(), token
 
-    def node_text(self, token: int) -> str:
-        """The part of the expression that a token holds together: a number, a variable, or an operator with its sides.
+    def part(self, action: int) -> str:
+        """What the action would change: in 7 + 6x + -3, a swap at the second + changes 6x + -3.
 
         Raises EnvironmentFailure if there is no such token.
         """
+        token, rule = divmod(int(action), self._num_rules)
         if not 0 <= token < len(self._nodes):
             raise self._failure(f"token {token}; expected 0 to {len(self._nodes) - 1}")
-        return str(self._nodes[token])
+        return changed_part(self._mathy.rules[rule], self._nodes[token])
 
     def close(self) -> None:
         pass
@@ -205,10 +213,12 @@ class MathyEnvironment:
     def _find_results(self, nodes: Tree) -> dict[tuple[int, int], str | None]:
         """The legal moves of the expression that is current now, looked for once in a game."""
         if self.expression not in self._results:
-            self._results[self.expression] = {
-                move: self._result(nodes, *move) for move in self._moves.of(nodes)
-            }
+            self._results[self.expression] = self._results_of(nodes)
         return self._results[self.expression]
+
+    def _results_of(self, nodes: Tree) -> dict[tuple[int, int], str | None]:
+        results = {move: self._result(nodes, *move) for move in self._moves.of(nodes)}
+        return keeping_value(_root(nodes), results, self._parse) if self._options.sound else results
 
     def _result(self, nodes: Tree, token: int, rule: int) -> str | None:
         try:
@@ -236,9 +246,8 @@ class MathyEnvironment:
         """A given problem, as mathy's generators would return it: it has as many moves as one of so many terms."""
         try:
             root = self._parse(text)
-            self._parse(
-                str(root)
-            )  # what moves will be read from: mathy writes -(-x) as --x, which it can't read
+            # What moves will be read from: mathy writes -(-x) as --x, which it can't read.
+            again = self._parse(str(root))
         except Exception as error:
             problem = f"{type(error).__name__}: {first_line(error)}"
             raise EnvironmentFailure(
@@ -250,9 +259,33 @@ class MathyEnvironment:
                 f"{self.spec.id}: the problem {text!r} has {len(nodes)} nodes, max_nodes is {self._options.max_nodes}; "
                 "give a shorter one, or set environment.kwargs.max_nodes higher (for `solve`: in a run)"
             )
-        if not self._moves.of(nodes):
-            raise EnvironmentFailure(f"{self.spec.id}: no rule can be applied to the problem {text!r}")
+        try:
+            if self._options.sound:
+                check_readable(text, root, again)
+            self._check_has_move(text, nodes)
+        except EnvironmentFailure as error:
+            raise EnvironmentFailure(f"{self.spec.id}: {error}") from error
         return MathyEnvProblem(text, len(get_terms(root)), self._mathy.get_env_namespace())
+
+    def _check_has_move(self, text: str, nodes: Tree) -> None:
+        moves = self._moves.of(nodes)
+        if not moves and get_term_ex(_root(nodes)) is not None:
+            raise EnvironmentFailure(
+                f"there is nothing to simplify in {text!r}, a single term; expected several, such as '4x + 2x'"
+            )
+        if not moves:
+            raise EnvironmentFailure(
+                f"mathy knows no rule that can be applied to '{written(_root(nodes))}'; expected sums or products, "
+                "such as '4x + 2x'"
+            )
+        if not self._results_of(nodes):
+            token, rule = moves[0]
+            result = self._result(nodes, token, rule)
+            raise EnvironmentFailure(
+                f"mathy can't compute {text!r}: its {self._mathy.rules[rule].name.lower()} "
+                f"{'fails' if result is None else f'gives {result}, which is wrong'}; give smaller numbers, exponents "
+                "from 0 on, or write it in another way"
+            )
 
     def _parse(self, text: str) -> ex.MathExpression:
         """A tree of one's own: mathy's cache would hand out the one that rules have changed."""
@@ -263,6 +296,10 @@ class MathyEnvironment:
 
     def _failure(self, problem: str) -> EnvironmentFailure:
         return EnvironmentFailure(f"{self.spec.id}, step {self._num_steps}: {problem}")
+
+
+def _root(nodes: Tree) -> ex.MathExpression:
+    return nodes[0].get_root()
 
 
 def make(config: EnvironmentConfig) -> MathyEnvironment:

@@ -45,6 +45,7 @@ class Options:
     operators: tuple[str, ...] | None = None  # of generated problems; poly only
     constants: bool = False  # whether some terms of generated problems are mere numbers; poly only
     preferred_term_commute: bool = False  # whether 4x may become x * 4
+    sound: bool = False  # of a given problem: whether moves that mathy gets wrong are forbidden
 
 
 def trainable_games() -> list[str]:
@@ -84,9 +85,14 @@ def read_options(config: EnvironmentConfig, topic: str) -> Options:
         given["operators"] = _read_operators(config.id, given["operators"])
     given.setdefault("constants", given.get("operators") is not None)
     given.setdefault("preferred_term_commute", topic == HAYSTACK)
-    for name in ("constants", "preferred_term_commute"):
+    given.setdefault("sound", False)
+    for name in ("constants", "preferred_term_commute", "sound"):
         if not isinstance(given[name], bool):
             raise EnvironmentFailure(f"{config.id}: {name} is {given[name]!r}; expected true or false")
+    if given["sound"] and given.get("problem") is None:
+        raise EnvironmentFailure(
+            f"{config.id}: sound is for a problem of one's own; give one, or leave it out"
+        )
     if topic != "poly" and (given.get("operators") is not None or given["constants"]):
         raise EnvironmentFailure(
             f"{config.id}: operators and constants are for mathy:poly-easy, -normal and -hard; the problems of other "
@@ -111,6 +117,10 @@ def _check_problem(id: str, problem: Any) -> None:
         return
     if not isinstance(problem, str) or not problem.strip():
         raise EnvironmentFailure(f"{id}: problem is {problem!r}; expected an expression, such as '4x + 2x'")
+    if "=" in problem:
+        raise EnvironmentFailure(
+            f"{id}: {problem!r} is an equation; expected an expression to simplify, such as '4x + 2x + 7 - 3'"
+        )
     if len(problem) > MAX_PROBLEM_LENGTH:
         raise EnvironmentFailure(
             f"{id}: the problem has {len(problem)} characters; expected up to {MAX_PROBLEM_LENGTH}"

@@ -32,7 +32,7 @@ MOVES_UNIT = 20.0
 HASH_SIZE = 32
 OF_TOKENS = (
     TokenColumn("token", "category", OTHER + 1),
-    TokenColumn("letter", "category", 27),  # 0 = no variable; X is x
+    TokenColumn("letter", "category", 27, links=True),  # 0 = no variable; X is x
     TokenColumn("log_constant", "number"),  # sign(v) · log(1 + |v|), 0 = no constant
     TokenColumn(
         "small_constant", "category", NUM_SMALL + 2

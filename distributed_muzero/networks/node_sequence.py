@@ -41,7 +41,7 @@ class NodeSequence(Networks):
             config.support_min, config.support_max, config.support_size
         )
         self.tokens, self.whole = Reader(self.layout.tokens, width), Reader(self.layout.whole, width)
-        num_relations = 2 * len(self.layout.indices)
+        num_relations = 2 * len(self.layout.indices) + len(self.layout.links)
         self.representation_layers = Layers(width, num_heads, config.num_blocks + 1, num_relations)
         # What a rule adds to the whole token, and to the one that it is applied to.
         self.rules = nn.Parameter(torch.randn(self.num_rules, 2 * width))
@@ -65,13 +65,16 @@ class NodeSequence(Networks):
         return marked(self.representation_layers(x, is_open, self.relations(slots, is_token)), is_open)
 
     def relations(self, slots: Tensor, is_token: Tensor) -> Tensor | None:
-        """[B, S, S, relations]: 1 where slot i names slot j in an index column; then the same where j names i."""
-        if not self.layout.indices:
+        """[B, S, S, relations]: 1 where slot i names slot j in an index column; then where j names i; then where they
+        share a category that links them."""
+        if not self.layout.indices and not self.layout.links:
             return None
         places = torch.arange(slots.shape[1], device=slots.device)
         named = slots[..., None, list(self.layout.indices)] == places[:, None]
-        named = (named & is_token[:, :, None, None]).to(slots.dtype)
-        return torch.cat([named, named.transpose(1, 2)], -1)
+        named = named & is_token[:, :, None, None]
+        category = slots[..., list(self.layout.links)]
+        same = (category[:, :, None] == category[:, None]) & (category != 0)[:, :, None]
+        return torch.cat([named, named.transpose(1, 2), same], -1).to(slots.dtype)
 
     def transition(self, embeddings: Tensor, actions: Tensor) -> Tensor:
         is_open = embeddings[..., 0]

@@ -29,6 +29,7 @@ class TokenLayout(NamedTuple):
     tokens: Columns
     whole: Columns  # the shared ones, and behind the last column one more: how many tokens there are
     indices: tuple[int, ...]
+    links: tuple[int, ...]
     num_slots: int  # L
     num_actions_of_each: int  # R, of actions [L, R]
 
@@ -55,6 +56,12 @@ def token_layout(spec: EnvironmentSpec, history_length: int) -> TokenLayout:
     for column in columns:
         if column.kind == "index" and column.shared:
             raise _unfit(spec, f"shares the index {column.name!r}", "An index belongs to its token")
+        if column.links and (column.kind != "category" or column.shared):
+            raise _unfit(
+                spec,
+                f"links tokens by {column.name!r}, which isn't a category of each",
+                "Take `links` off its TokenColumn",
+            )
         if column.kind == "category" and column.size < 2:
             raise _unfit(
                 spec,
@@ -71,6 +78,7 @@ def token_layout(spec: EnvironmentSpec, history_length: int) -> TokenLayout:
         _columns(spec, False),
         whole._replace(numbers=(*whole.numbers, len(columns))),
         tuple(place for place, column in enumerate(columns) if column.kind == "index"),
+        tuple(place for place, column in enumerate(columns) if column.links),
         *spec.action_shape,
     )
 

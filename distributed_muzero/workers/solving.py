@@ -22,8 +22,8 @@ class Rewriting(Environment, Winnable, Protocol):
     """An environment in which rules are applied to the nodes of an expression."""
 
     @property
-    def expression(self) -> str:
-        """As it is now."""
+    def written(self) -> str:
+        """The expression as it is now, with brackets wherever it could be read in two ways."""
 
     @property
     def end(self) -> str | None:
@@ -32,8 +32,8 @@ class Rewriting(Environment, Winnable, Protocol):
     def read_action(self, action: int) -> tuple[str, int]:
         """The rule's name and the number of the node; of any flat action, legal or not."""
 
-    def node_text(self, token: int) -> str:
-        """The part of the expression that a node stands for."""
+    def part(self, action: int) -> str:
+        """The part of the expression that a legal action changes."""
 
 
 class Branch(NamedTuple):
@@ -48,7 +48,7 @@ class Branch(NamedTuple):
 
 class Step(NamedTuple):
     rule: str
-    node: str  # the part of the expression that it was applied to
+    node: str  # the part of the expression that it changed
     expression: str  # that came of it
     value: float  # the search's, of the expression before
     tree: list[Branch]  # of the search, from the root; empty unless asked for
@@ -60,17 +60,17 @@ def solve(
     """Plays a game in a Rewriting environment to its end, and tells each step when it is made.
 
     with_trees: whether each step holds the search behind it.
-    What came of it, the environment knows: `won`, `end`, `expression`.
+    What came of it, the environment knows: `won`, `end`, `written`.
     """
     env: Rewriting = game.env
     rng = np.random.default_rng(0)
     while not game.is_over:
         made = decide([game], model, search, discount, 0.0, noise=False, rng=rng)
         action = int(made.actions[0])
-        rule, token = env.read_action(action)
-        node, tree = env.node_text(token), root_branches(env, made.tree) if with_trees else []
+        (rule, _), part = env.read_action(action), env.part(action)
+        tree = root_branches(env, made.tree) if with_trees else []
         game.move(action)
-        yield Step(rule, node, env.expression, float(made.result.root_values[0]), tree)
+        yield Step(rule, part, env.written, float(made.result.root_values[0]), tree)
 
 
 def root_branches(env: Rewriting, tree: Tree) -> list[Branch]:
@@ -84,7 +84,7 @@ def root_branches(env: Rewriting, tree: Tree) -> list[Branch]:
 
     def name(action: int, is_root: bool) -> str:
         rule, token = env.read_action(action)
-        return f"{rule} at {token}{f': {env.node_text(token)}' if is_root else ''}"
+        return f"{rule} at {token}{f': {env.part(action)}' if is_root else ''}"
 
     def branches(node: int, widths: Sequence[int]) -> list[Branch]:
         if not widths:

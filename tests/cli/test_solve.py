@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+from fractions import Fraction
 
 import pytest
 from rich.console import Console
@@ -84,8 +86,34 @@ def test_people_see_a_line_for_each_step(runs, capsys):
     assert out[0] == "mathy:poly-easy, short at step_00000000, 4 simulations (muzero)"
     assert out[1].startswith(f"  {PROBLEM}  ")
     assert out[2].startswith("= ") and out[3].startswith("= ")
-    assert out[4].startswith("not solved in 2 moves: no moves are left; try --max-moves")
-    assert len(out) == 5
+    assert out[4:] == [
+        "not solved in 2 moves: no moves are left (--max-moves gives more)",
+        "What helps is a run that was trained for longer, or on such problems: this run's are mathy:poly-easy's.",
+    ]
+
+
+def test_a_problem_that_is_read_in_another_way_than_it_looks(runs, capsys):
+    def read_as(problem):
+        second = called(runs, capsys, "--run", "short", "--max-moves", 1, "--", problem).out.splitlines()[1]
+        return second.removeprefix("read as: ") if second.startswith("read as: ") else None
+
+    assert read_as("hello + 2h") == "h * e * l * l * o + 2h"
+    assert read_as("-2^2 + x") == "(-2)^2 + x"
+    assert read_as("1/2x + 3y^2y") == "1 / (2x) + 3y^(2y)"
+    assert read_as("4x+2x") is None and read_as("(-2)^2 + 1 / (2x)") is None
+    assert solved(runs, capsys, "hello + 2h", "--run", "short")["problem"] == "hello + 2h"
+
+
+def test_no_step_is_wrong(runs, capsys):
+    for problem in ("7^30 + x", "2^-1 + x + x", "x - 4^2"):
+        result = solved(runs, capsys, problem, "--run", "short", "--max-moves", 6)
+        values = {eval_at(step["expression"]) for step in result["steps"]}
+        assert values == {eval_at(problem)}
+
+
+def eval_at(expression):
+    """Where x is 3."""
+    return eval(re.sub(r"(\d)(x)", r"\1 * x", expression).replace("^", "**"), {"x": Fraction(3)})
 
 
 def test_the_newest_run_of_mathy_with_a_checkpoint_is_taken_and_named(runs, capsys):
@@ -130,13 +158,23 @@ def test_networks_for_one_length_take_what_they_have_room_for(runs, capsys):
 def test_another_environment_of_mathy_and_its_own_max_moves(runs, capsys):
     words = (PROBLEM, "--run", "short", "--env", "mathy:poly-grouping-easy")
     assert "mathy:poly-grouping-easy" in called(runs, capsys, *words).out
+    words = ("4x + 2x", "--run", "short", "--env", "mathy:poly-easy", "--env-kwargs", "{max_moves: 1}")
+    assert len(solved(runs, capsys, *words)["steps"]) == 1
 
 
 MISTAKES = {
     "nothing": ((" ",), "expected an expression, such as '4x + 2x'"),
+    "too large": (("2^64",), "mathy can't compute '2^64': its constant arithmetic gives 0, which is wrong"),
+    "no value": (("5/0",), "it divides by zero"),
+    "a minus first": (("-4x + 2x",), """a problem goes last and behind --: solve -- "-4x + 2x\""""),
+    "kwargs of nothing": ((PROBLEM, "--env-kwargs", "{max_moves: 3}"), "the environment that --env ID names"),
+    "a problem among the kwargs": (
+        (PROBLEM, "--env", "mathy:poly-easy", "--env-kwargs", "{problem: 4x}"),
+        "--env-kwargs: problem: solve itself sets that; leave it out",
+    ),
     "no expression": (("4x + (",), "the problem '4x + (' is no expression"),
     "an equation": (("4x = 12",), "'4x = 12' is an equation; expected an expression to simplify"),
-    "nothing to do": (("5",), "no rule can be applied to the problem '5'"),
+    "nothing to do": (("5",), "there is nothing to simplify in '5', a single term"),
     "too long": ((" + ".join(["4x"] * 40),), "has 159 nodes, max_nodes is 128; give a shorter one"),
     "far too long": (("1" * 100_000,), "the problem has 100000 characters"),
     "another game": (
@@ -181,21 +219,33 @@ def test_what_is_not_solved_is_an_answer_too(runs):
 
 def test_how_it_looks():
     console = Console(file=io.StringIO(), width=80)
-    view = View("4x + 2x", console)
-    view.introduce("mathy:poly-easy, r at step_00000400", SearchConfig())
+    view = View("4x+2x", console)
+    view.introduce("mathy:poly-easy, r at step_00000400", SearchConfig(), "4x + 2x")
     deeper = Branch("constant arithmetic at 3", 4, 0.5, 1.5, [])
-    view.tell(Step("factor out", "4x + 2x", "(4 + 2) * x", 1.31, []))
-    view.tell(Step("constant arithmetic", "4 + 2", "6x", 1.5, [Branch("do it", 30, 0.9, 1.5, [deeper])]))
-    view.tell_end(True, "won")
+    view.tell(
+        [
+            Step("factor out", "4x + 2x", "(4 + 2) * x", 1.31, []),
+            Step("constant arithmetic", "4 + 2", "6x", 1.5, [Branch("do it", 30, 0.9, 1.5, [deeper])]),
+        ]
+    )
+    view.tell_end(2, True, "won", "mathy:poly-easy")
     assert console.file.getvalue().splitlines() == [
         "mathy:poly-easy, r at step_00000400, 50 simulations (muzero)",
-        "  4x + 2x              value  rule: applied to",
-        "= (4 + 2) * x          +1.31  factor out: 4x + 2x",
-        "= 6x                   +1.50  constant arithmetic: 4 + 2",
-        "    do it                                    visits    30  prior  90%  Q  +1.50",
-        "        constant arithmetic at 3             visits     4  prior  50%  Q  +1.50",
+        "  4x+2x        value  rule: applied to",
+        "= (4 + 2) * x  +1.31  factor out: 4x + 2x",
+        "= 6x           +1.50  constant arithmetic: 4 + 2",
+        "    do it                         visits    30  prior  90%  Q  +1.50",
+        "        constant arithmetic at 3  visits     4  prior  50%  Q  +1.50",
         "solved in 2 moves",
     ]
+
+
+def test_columns_stand_in_line_however_long_an_expression_gets():
+    console = Console(file=io.StringIO(), width=80)
+    longest = " + ".join(["4x"] * 30)
+    View("4x", console).tell([Step("a", "b", "4x", 1.0, []), Step("a", "b", longest, 1.0, [])])
+    head, first, second = console.file.getvalue().splitlines()
+    assert first.index("+1.00") == second.index("+1.00") == head.index("value") == len(longest) + 4
 
 
 @pytest.mark.parametrize(
@@ -203,11 +253,11 @@ def test_how_it_looks():
     [
         ("visits", "an expression came back too often"),
         ("nodes", "became too long"),
-        ("stuck", "stuck; try"),
+        ("stuck", "mathy knows no rule that leads on"),
         (None, "environment.max_episode_steps cut it"),
     ],
 )
 def test_why_it_is_not_solved(end, why):
     console = Console(file=io.StringIO(), width=80)
-    View("4x + 2x", console).tell_end(False, end)
+    View("4x + 2x", console).tell_end(0, False, end, "mathy:poly-easy")
     assert console.file.getvalue().startswith("not solved in 0 moves: ") and why in console.file.getvalue()

@@ -182,7 +182,7 @@ def test_a_game_is_won_by_the_moves_that_a_person_would_make():
     reward, _, is_terminal = environment.step(3 * RULES + FACTOR_OUT)
     assert (reward, environment.expression, is_terminal) == (0.01, "(4 + 2) * x", False)
     assert environment.read_action(1 * RULES + ARITHMETIC) == ("constant arithmetic", 1)
-    assert environment.node_text(1) == "(4 + 2)" and not environment.won
+    assert environment.part(1 * RULES + ARITHMETIC) == "(4 + 2)" and not environment.won
     reward, _, is_terminal = environment.step(1 * RULES + ARITHMETIC)
     # 1 and a bonus: 1 / moves, twice that as they are less than half of more than ten
     assert (reward, environment.expression, is_terminal) == (2.0, "6x", True)
@@ -239,7 +239,7 @@ def test_forbidden_actions_are_refused():
         with pytest.raises(EnvironmentFailure, match=f"step 0: action {action} is forbidden"):
             environment.step(action)
     with pytest.raises(EnvironmentFailure, match="token 7; expected 0 to 6"):
-        environment.node_text(7)
+        environment.part(7 * RULES)
 
 
 def test_a_move_at_which_mathy_fails_is_told():
@@ -249,6 +249,65 @@ def test_a_move_at_which_mathy_fails_is_told():
         EnvironmentFailure, match=r"mathy fails at constant arithmetic of token 1 in 2\^-1 \+ x: Val"
     ):
         environment.step(1 * RULES + ARITHMETIC)
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (
+            "2^64",
+            r"mathy can't compute '2\^64': its constant arithmetic gives 0, which is wrong; give smaller",
+        ),
+        ("7^30", "its constant arithmetic gives 1576789505350337489, which is wrong"),
+        ("2^-1", r"mathy can't compute '2\^-1': its constant arithmetic fails; .* exponents from 0 on"),
+        ("-8^0.5", "gives nan, which is wrong"),
+        ("5/0", r"the problem '5/0' has no value, or too large a one \(it divides by zero\)"),
+        ("1 / (x - x) + 2", "it divides by zero"),
+        ("2^99999999999 + x", "a power is too large"),
+        ("2.5! + x", r"2\.5! is no factorial of a whole number"),
+        ("xy^2", r"misreads the problem 'xy\^2' as y\^2 \* x \* y; write \* between factors"),
+        ("a/(b/c)", r"loses brackets of the problem 'a/\(b/c\)': it writes a / b / c"),
+        ("(2x)^2 + x", r"it writes 2x\^2 \+ x"),
+    ],
+)
+def test_a_problem_that_mathy_gets_wrong_is_refused_where_moves_must_be_right(problem, message):
+    with pytest.raises(EnvironmentFailure, match=message):
+        make("poly-easy", problem=problem, sound=True)
+
+
+@pytest.mark.parametrize(
+    ("problem", "part", "wrong"),
+    [
+        ("2^64 + 3", "2^64", "0 + 3"),
+        ("2^-1 + x", "2^-1", None),
+        ("x - 4^2", "- 4^2", "x + -4^2"),  # mathy reads that as x + (-4)^2
+        ("7 - (2 + x)", "- (2 + x)", "7 + (-2 + x)"),
+    ],
+)
+def test_moves_that_mathy_gets_wrong_are_forbidden_where_asked_for(problem, part, wrong):
+    loose, sound = make("poly-easy", problem=problem), make("poly-easy", problem=problem, sound=True)
+    for environment in (loose, sound):
+        environment.initial_state()
+    [left_out] = np.flatnonzero(loose.mask() & ~sound.mask())
+    assert loose.part(left_out) == part
+    assert loose._results[problem][divmod(left_out, RULES)] == wrong
+
+
+@pytest.mark.parametrize(
+    "problem",
+    ["1/3", "0.1 + 0.2", "9999999999999999999 + 1", "2^62", "(0 - 8)^0.5", "1.5^400", "3! * x + sgn(x)"],
+)
+def test_arithmetic_within_rounding_is_right(problem):
+    loose, sound = make("poly-easy", problem=problem), make("poly-easy", problem=problem, sound=True)
+    for environment in (loose, sound):
+        environment.initial_state()
+    assert (sound.mask() == loose.mask()).all()
+
+
+def test_an_environment_without_wrong_moves_keeps_its_promises():
+    kwargs = {"problem": "x - 4^2 + 2x + 7 - (2 + x)", "sound": True}
+    report = check_environment(lambda: make("poly-easy", 100, **kwargs), max_episode_steps=100, num_games=4)
+    assert [row for row in report.checks if not row.passed] == []
 
 
 @pytest.mark.parametrize("game", trainable_games())
@@ -316,7 +375,12 @@ def test_unknown_topics_get_the_nearest_name(game, message):
         ({"problem": "-(-x)"}, "is no expression"),
         ({"problem": "(" * 300 + "x" + ")" * 300}, "is no expression .*RecursionError"),
         ({"problem": "4x + 2x", "max_nodes": 6}, "has 7 nodes, max_nodes is 6"),
-        ({"problem": "4x"}, "no rule can be applied to the problem '4x'"),
+        ({"problem": "4x"}, "nothing to simplify in '4x', a single term"),
+        ({"problem": "7"}, "nothing to simplify in '7', a single term"),
+        ({"problem": "4x / 2"}, "mathy knows no rule that can be applied to '4x / 2'"),
+        ({"problem": "x^2y"}, r"no rule that can be applied to 'x\^\(2y\)'"),
+        ({"problem": "4x = 8"}, "'4x = 8' is an equation; expected an expression to simplify"),
+        ({"sound": True}, "sound is for a problem of one's own"),
         ({"problem": "x" * 5000}, "the problem has 5000 characters; expected up to 4096"),
         ({"operators": []}, r"operators is \[\]; expected a list out of"),
         ({"operators": "+"}, r"operators is '\+'"),

@@ -127,16 +127,15 @@ def test_a_rule_is_added_to_its_slot_and_to_the_whole():
 
 @torch.no_grad()
 def test_what_tokens_refer_to_is_seen_from_both_ends():
-    """Tokens 0 … 3, where 1 names 3; the answer is a matrix for each direction."""
+    """Tokens 0 … 3, where 1 names 3; the answer is a matrix for each direction, and one for those of one kind."""
     networks = make_sequence()
     slots = torch.zeros(1, 5, 5)
-    slots[0, :4, 0], slots[0, :, 2] = (
-        1,
-        torch.tensor([-1.0, 3, -1, -1, 0]),
-    )  # row 4 holds no token: its 0 is no index
-    forward, backward = networks.relations(slots, slots[..., 0] > 0)[0].movedim(-1, 0)
+    slots[0, :4, 0] = torch.tensor([1.0, 2, 3, 1])
+    slots[0, :, 2] = torch.tensor([-1.0, 3, -1, -1, 0])  # row 4 holds no token: its 0 is no index
+    forward, backward, same = networks.relations(slots, slots[..., 0] > 0)[0].movedim(-1, 0)
     assert forward.nonzero().tolist() == [[1, 3]]
     assert backward.nonzero().tolist() == [[3, 1]]
+    assert same.nonzero().tolist() == [[0, 0], [0, 3], [1, 1], [2, 2], [3, 0], [3, 3]]
     observations = torch.zeros(2, 1, 12, 5)
     observations[:, :, :4, 0] = torch.tensor([1.0, 2, 3, 4])
     observations[:, :, :4, 2] = -1
@@ -259,6 +258,11 @@ UNFIT = {
         token_spec(columns=(COLUMNS[0], TokenColumn("root", "index", shared=True))),
         1,
         r"shares the index 'root'",
+    ),
+    "a link that is no category": (
+        token_spec(columns=(COLUMNS[0], TokenColumn("size", "number", links=True))),
+        1,
+        r"links tokens by 'size'",
     ),
     "a category without size": (
         token_spec(columns=(COLUMNS[0], TokenColumn("sign", "category"))),

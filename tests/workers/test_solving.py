@@ -52,13 +52,13 @@ class Numbers:
         return "won" if self.won else "moves" if self.num_moves == self.max_moves else None
 
     @property
-    def expression(self):
+    def written(self):
         return str(self.number)
 
     def read_action(self, action):
         return RULES[action], 0
 
-    def node_text(self, token):
+    def part(self, action):
         return str(self.number)
 
     def _show(self):
