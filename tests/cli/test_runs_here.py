@@ -185,6 +185,11 @@ def test_a_train_with_a_ray_of_its_own_is_in_the_way_of_no_other_and_is_watched_
         for command in (("status", "c", "--json"), ("watch", "c")):
             asked = processes.run(*command, "--runs-dir", runs_dir)
             assert asked.returncode == 0 and "finished" in asked.stdout, asked.stderr
+        make_run(runs_dir, "r", "stopped", 5)
+        same_name = processes.run("status", "r", "--runs-dir", runs_dir, "--json")
+        assert json.loads(same_name.stdout)["state"] == "stopped" and f"in {work / 'r'};" in same_name.stderr
+        refused = processes.run("scale", "r", "--actors", 2, "--runs-dir", runs_dir)
+        assert refused.returncode == 2 and f"another run 'r', in {work / 'r'};" in refused.stderr
         unknown = processes.run("status", "nobody", "--runs-dir", runs_dir)
         assert unknown.returncode == 2 and "no run 'nobody' in" in unknown.stderr, unknown.stderr
         assert "Traceback" not in unknown.stderr
