@@ -176,7 +176,7 @@ def test_a_train_with_a_ray_of_its_own_is_in_the_way_of_no_other_and_is_watched_
 ):
     for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(variable, raising=False)
-    options = ("--set", "run.max_train_steps=null", "--max-minutes", 3)
+    options = ("--set", "run.max_train_steps=null", "--max-minutes", 15)
     work = tmp_path / "work"
     with processes.started(
         "train", "--preset", "debug", "--runs-dir", work, "--name", "r", *options
