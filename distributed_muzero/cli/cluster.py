@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -188,6 +188,10 @@ def watched(
                     raise
                 yield from _of_a_folder(run, runs_dir, watch, unknown)
                 return
+            if where is None and (another := another_of_its_name(found, runs_dir)):
+                _tell(another)
+                yield from _of_a_folder(run, runs_dir, watch)
+                return
             yield found
             if not watch or found["state"] not in AT_WORK or time.monotonic() >= deadline:
                 return
@@ -224,6 +228,35 @@ def _of_a_folder(
             continue
         failures = 0
         yield found
+
+
+def another_of_its_name(found: Mapping[str, Any], runs_dir: str) -> str | None:
+    """Says so, if a run of the cluster here isn't the one of that name in the runs folder here; None if there is none.
+
+    found: the run's status.   One that doesn't say where it lies is taken for the one here.
+    """
+    from distributed_muzero.run_folder import run_names
+    from distributed_muzero.workers.runs import folder_here, place_in
+
+    run, folder = found["run"], found.get("folder")
+    if folder in (None, place_in(run, runs_dir)) or run not in run_names(folder_here(runs_dir)):
+        return None
+    return f"this machine's cluster has another run {run!r}, in {folder}; --address auto means that one"
+
+
+def check_is_meant(run: str, runs_dir: str) -> None:
+    """Raises RunError if the cluster here has another run of a name that the runs folder here has. For no address."""
+    from distributed_muzero.cluster.control import going_on_status, joined
+    from distributed_muzero.run_folder import run_names
+    from distributed_muzero.workers.runs import folder_here
+
+    if run not in run_names(folder_here(runs_dir)):  # then nobody needs to be asked
+        return
+    another = None
+    with suppress(ClusterError, RunError), joined(None):  # what is asked of it next fails and says why
+        another = another_of_its_name(going_on_status(run), runs_dir)
+    if another:
+        raise RunError(f"{runs_dir} has a run {run!r}, and {another}")
 
 
 def run_at_work(run: str | None, runs_dir: str) -> str | None:
@@ -292,6 +325,7 @@ def scale(
         typer.Option(min=1, help="Replay shards; the run pauses while their episodes are laid out anew."),
     ] = None,
     reanalysers: Annotated[int | None, typer.Option(min=1, help="Reanalysers.")] = None,
+    runs_dir: options.RunsDir = options.RUNS,
     as_json: Json = False,
 ) -> None:
     """Change how many processes of a kind a run in a cluster has, while it goes on."""
@@ -328,6 +362,8 @@ def scale(
     else:
         from distributed_muzero.cluster.control import change, joined
 
+        if where is None:
+            check_is_meant(run, runs_dir)
         with joined(where):
             desired = change(run, **wishes)._asdict()
     if as_json:
@@ -346,6 +382,7 @@ def stop(
     now: Annotated[
         bool, typer.Option("--now", help="Without draining and without a last checkpoint.")
     ] = False,
+    runs_dir: options.RunsDir = options.RUNS,
     only_ask: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """End a run in a cluster: its actors deliver their games, a checkpoint is written, and all its processes end."""
@@ -358,6 +395,8 @@ def stop(
             change(run, in_haste=now, stop=not now)
         return
     jobs = Jobs(address)
+    if where is None:
+        check_is_meant(run, runs_dir)
     job = jobs.find_or_none(run)
     if job is None and not is_http(where):  # `train` on a node of the cluster
         with joined(where):

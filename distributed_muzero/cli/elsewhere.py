@@ -44,14 +44,16 @@ def check_fits(own: Builder, other: Builder) -> None:
     Observations and actions must be shaped alike; of sequences of tokens only the length may differ, and that only if
     the weights don't depend on it.
     """
+    from distributed_muzero.workers.curriculum import facts_of
+
     if own.spec._replace(id="") == other.spec._replace(id=""):
         return
     if _without_length(own.spec) == _without_length(other.spec) and _shapes(own) == _shapes(other):
         return
     raise EnvironmentFailure(
-        f"{other.config.environment.id} shows {_facts(other.spec)}; the networks of run {own.run_name} "
-        f"({own.config.network.name}) were trained on {own.config.environment.id}, with {_facts(own.spec)}: expected "
-        "an environment that is shaped like it"
+        f"{other.config.environment.id} shows {facts_of(other.spec, own.spec)}; the networks of run {own.run_name} "
+        f"({own.config.network.name}) were trained on {own.config.environment.id}, with "
+        f"{facts_of(own.spec, other.spec)}: expected an environment that is shaped like it"
     )
 
 
@@ -66,11 +68,3 @@ def _without_length(spec: EnvironmentSpec) -> EnvironmentSpec:
 
 def _shapes(builder: Builder) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in builder.networks().state_dict().items()}
-
-
-def _facts(spec: EnvironmentSpec) -> str:
-    tokens = ", ".join(column.name for column in spec.token_columns)
-    return (
-        f"observations {spec.observation_shape} {spec.observation_dtype}{f' of {tokens}' if tokens else ''}, actions "
-        f"{spec.action_shape}, {spec.num_players} player{'s' if spec.num_players > 1 else ''}"
-    )

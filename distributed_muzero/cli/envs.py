@@ -25,10 +25,12 @@ def envs(context: typer.Context) -> None:
         return
     from distributed_muzero.environments.registry import environment_ids
 
-    for entry in environment_ids():
+    entries = environment_ids()
+    width = max(len(entry.id) for entry in entries)
+    for entry in entries:
         needs = f"  needs: {entry.missing}" if entry.missing else ""
         extra = f"  with {entry.kwargs}" if entry.kwargs else ""
-        print(f"{entry.id:28} {entry.family}{extra}{needs}")
+        print(f"{entry.id:{width}}  {entry.family}{extra}{needs}")
 
 
 @app.command()

@@ -46,12 +46,17 @@ def run_status(run: str | None, runs_dir: Path | str, address: str | None) -> di
     run = run or _only_run(address)
     if run in names_going_on():
         with suppress(RunError):  # it may end just now
-            return _ask(run, "get_status") or {"run": run, "state": "starting"}
+            return going_on_status(run)
     job = Jobs(address).find(run)
     status: dict[str, Any] = {}
     with suppress(RunError):
         status = last_status(run, job.runs_dir or str(runs_dir)) or {}
     return status_by(job, status)
+
+
+def going_on_status(run: str) -> dict[str, Any]:
+    """As the run itself tells it. Raises RunError if it isn't going on."""
+    return _ask(run, "get_status") or {"run": run, "state": "starting"}
 
 
 def status_by(job: RunJob, status: Mapping[str, Any]) -> dict[str, Any]:

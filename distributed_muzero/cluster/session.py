@@ -33,6 +33,8 @@ def turns(
     with ray_session(num_cpus(config)):
         desired = first_desired(config)._replace(shards_stay=book.copies is not None)
         control = make_control(run_name, desired)
+        # Until the driver tells more: which run of this name it is.
+        control.exchange.remote({"run": run_name, "state": "starting", "folder": book.folder.place})
         while True:
             driver = Driver(config, run_name, book, stop_requested, desired, control)
             try:

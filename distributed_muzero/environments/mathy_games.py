@@ -59,8 +59,10 @@ def read_name(id: str) -> tuple[str, MathyEnvProblemArgs]:
     topic, _, difficulty = name.rpartition("-")
     if topic in TOPICS and difficulty in DIFFICULTIES:
         return topic, MathyEnvProblemArgs(MathyEnvDifficulty(difficulty))
-    games = trainable_games()
-    close = difflib.get_close_matches(name.lower(), games, n=3, cutoff=0.6)
+    if name.lower() in TOPICS:
+        close = [f"{name.lower()}-{difficulty}" for difficulty in DIFFICULTIES]
+    else:
+        close = difflib.get_close_matches(name.lower(), trainable_games(), n=3, cutoff=0.6)
     hint = f" (did you mean {' or '.join(repr(game) for game in close)}?)" if close else ""
     raise UnknownEnvironmentError(
         f"{id}: no such topic and difficulty{hint}; mathy has the topics {', '.join(TOPICS)}, each with "

@@ -229,8 +229,7 @@ class DistributedMuZero(Trainable):
                 lambda: False,
                 self._plan.datasets,
             )
-            self._take_turn()
-            assert self._book is not None
+            self._book = next(self._turns)
             self._reported = Counts.of(self._book.state, 0.0)
         if self._is_over or self._book is None:
             raise RunIsOver("the run was stopped; restore it from a checkpoint, or build another")

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distributed_muzero.config import Config, EnvironmentConfig
+from distributed_muzero.config import Config
 from distributed_muzero.environments.base import Environment
 from distributed_muzero.environments.registry import make_environment
-from distributed_muzero.workers.curriculum import check_stage
+from distributed_muzero.workers.curriculum import make_stage
 from distributed_muzero.workers.replay_shard import ReplayShard
 
 if TYPE_CHECKING:
@@ -37,17 +37,14 @@ class Builder:
         """What `environment` names: with a curriculum, what evaluations play."""
         return make_environment(self.config.environment)
 
-    def stage_environment(self, section: EnvironmentConfig) -> Environment:
-        """Of a stage of the curriculum. Raises ConfigError for one that can't be."""
-        env = make_environment(section)
-        if self.config.curriculum.stages:
-            check_stage(section, env, self.config, self.spec)
-        return env
+    def stage_environment(self, stage: int) -> Environment:
+        """Of a stage of the curriculum, from 0. Raises ConfigError and EnvironmentFailure for one that can't be."""
+        return make_stage(self.config, stage, self.spec)
 
     def check_stages(self) -> None:
         """Makes an environment of each stage. Raises ConfigError and EnvironmentFailure."""
-        for section in self.config.stages:
-            self.stage_environment(section).close()
+        for stage in range(len(self.config.stages)):
+            self.stage_environment(stage).close()
 
     def networks(self) -> Networks:
         from distributed_muzero.networks.registry import make_networks
@@ -58,7 +55,7 @@ class Builder:
     def actor(self, index: int, incarnation: int) -> Actor:
         from distributed_muzero.workers.actor import Actor
 
-        make_envs = [partial(self.stage_environment, section) for section in self.config.stages]
+        make_envs = [partial(self.stage_environment, stage) for stage in range(len(self.config.stages))]
         return Actor(make_envs, self.networks(), self.config, self.run_name, index, incarnation)
 
     def learner(self) -> Learner:

@@ -12,7 +12,8 @@ import numpy as np
 
 from distributed_muzero.config import Config, EnvironmentConfig
 from distributed_muzero.environments.base import Environment, EnvironmentSpec
-from distributed_muzero.errors import ConfigError
+from distributed_muzero.environments.registry import make_environment
+from distributed_muzero.errors import ConfigError, EnvironmentFailure
 
 
 class Change(NamedTuple):
@@ -144,31 +145,54 @@ def is_won(env: Environment, episode_return: float, won_at_return: float | None)
     return bool(getattr(env, "won", False)) if won_at_return is None else episode_return >= won_at_return
 
 
-def check_stage(
-    environment: EnvironmentConfig, env: Environment, config: Config, spec: EnvironmentSpec
-) -> None:
-    """Raises ConfigError for the environment of a stage that can't be one.
+def make_stage(config: Config, stage: int, spec: EnvironmentSpec) -> Environment:
+    """The environment of a stage of the curriculum. Raises ConfigError and EnvironmentFailure, which name the stage.
 
     spec: of `config.environment`, which the run's networks are made for.
     """
-    name, base = name_of(environment), name_of(config.environment)
+    section = config.stages[stage]
+    if not config.curriculum.stages:
+        return make_environment(section)
+    where = f"stage {stage + 1} of curriculum.stages"
+    own = config.curriculum.stages[stage].kwargs
+    if inherited := ", ".join(name for name in section.kwargs if name not in own):
+        where += f" ({inherited} from environment.kwargs)"
+    try:
+        env = make_environment(section)
+    except EnvironmentFailure as error:
+        raise type(error)(f"{where}: {error}") from error
+    if problem := why_no_stage(section, env, config, spec):
+        env.close()
+        raise ConfigError(f"{where}: {problem}")
+    return env
+
+
+def why_no_stage(
+    section: EnvironmentConfig, env: Environment, config: Config, spec: EnvironmentSpec
+) -> str | None:
+    """What is wrong with the environment of a stage, and what to do; None if nothing is.
+
+    spec: of `config.environment`.
+    """
+    name, base = name_of(section), name_of(config.environment)
     if spec.num_players != 1:
-        raise ConfigError(
-            f"curriculum.stages: {base} is a game for {spec.num_players}, and a curriculum is for one player: who "
+        return (
+            f"{base} (environment) is a game for {spec.num_players}, and a curriculum is for one player: who "
             "plays against himself wins as much as he loses; leave curriculum.stages empty"
         )
     if env.spec._replace(id=spec.id) != spec:
-        raise ConfigError(
-            f"curriculum.stages: {name} has {facts_of(env.spec)}; {base} (environment) has {facts_of(spec)}. One "
-            "network plays all of them: choose ids and kwargs that agree"
+        return (
+            f"{name} shows {facts_of(env.spec, spec)}; {base} (environment) shows {facts_of(spec, env.spec)}: "
+            "expected the same, as one network plays all of them; choose ids and kwargs that agree"
         )
     # A property of the class isn't asked: before its first game an environment need not answer.
     says_who_won = hasattr(type(env), "won") or hasattr(env, "won")
     if config.curriculum.won_at_return is None and not says_who_won:
-        raise ConfigError(
-            f"curriculum.stages: {name} doesn't say whether a game is won; set curriculum.won_at_return to the return "
-            "from which on it is, or give the environment a property `won`"
+        return (
+            f"{name} doesn't say whether a game is won; set curriculum.won_at_return to the return from which on it "
+            "is, or give the environment a property `won`"
         )
+    return None
 
 
 def name_of(environment: EnvironmentConfig) -> str:
@@ -176,11 +200,13 @@ def name_of(environment: EnvironmentConfig) -> str:
     return f"{environment.id} {environment.kwargs}" if environment.kwargs else environment.id
 
 
-def facts_of(spec: EnvironmentSpec) -> str:
-    """What all stages must share."""
-    players = "" if spec.num_players == 1 else f", {spec.num_players} players"
-    columns = f", token columns {', '.join(map(str, spec.token_columns))}" if spec.token_columns else ""
+def facts_of(spec: EnvironmentSpec, other: EnvironmentSpec) -> str:
+    """What networks are made for, for messages; token columns only where the `other` has other ones."""
+    names = [
+        f"{column.name} ({column.size})" if column.size else column.name for column in spec.token_columns
+    ]
+    tokens = f" of {', '.join(names)}" if names and spec.token_columns != other.token_columns else ""
     return (
-        f"observations {spec.observation_shape} {np.dtype(spec.observation_dtype)} and actions "
-        f"{spec.action_shape}{players}{columns}"
+        f"observations {spec.observation_shape} {np.dtype(spec.observation_dtype)}{tokens}, actions "
+        f"{spec.action_shape}, {spec.num_players} player{'s' if spec.num_players > 1 else ''}"
     )

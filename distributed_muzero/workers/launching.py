@@ -45,7 +45,7 @@ def launch(
     datasets: Sequence[Path | str] = (),
     check: Callable[[Config], object] = lambda config: None,
 ) -> Turns:
-    """Trains a run from where it stands with the `config`, and yields its book after each turn of the loop.
+    """Trains a run from where it stands with the `config`; yields its book before the loop and after each of its turns.
 
     in_process: whether this process is the one that plays and learns.   datasets: to be imported first.
     check: of the config, before anything is changed.
@@ -104,6 +104,7 @@ def _play(
     with book.copies.keep_pushing() if book.copies else nullcontext():
         turns = loop(book.config, folder.name, book, stop_requested)
         try:
+            yield book
             ending = yield from _told(turns, book)
             status, reason = "stopped" if ending.was_stopped else "finished", ending.reason
         except GeneratorExit:

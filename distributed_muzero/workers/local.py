@@ -42,17 +42,24 @@ def turns(
         if config.replay.priority_exponent > 0
         else None
     )
+
+    def is_over() -> bool:
+        """Asked between steps: on a busy machine a turn takes long."""
+        return stop_requested() or book.state.is_out_of_time
+
     outboxes = [Outbox(insert, len(shards), config.actor.max_unacknowledged) for _ in actors]
     try:
         while True:
             for actor, outbox in zip(actors, outboxes, strict=True):
+                if is_over():
+                    break
                 actor.set_weights(*learner.weights(), learner.num_steps)
                 actor.set_stage(book.curriculum.stage)
                 book.add_actor_report(actor.play(outbox, iter((False, True)).__next__, no_sleep))
             for reanalyser in reanalysers:
                 reanalyser.set_weights(*learner.weights())
                 book.state.add_reanalyse_report(reanalyse(reanalyser, shards))
-            book.add_learner_report(learner.learn(ready_batches(shards), give_back))
+            book.add_learner_report(learner.learn(ready_batches(shards, is_over), give_back))
             stats = [shard.stats() for shard in shards]
             crew = Crew(
                 len(actors), len(actors), reanalysers=len(reanalysers), unacknowledged=sum(map(len, outboxes))
@@ -94,10 +101,10 @@ def reanalyse(reanalyser: Reanalyser, shards: list[ReplayShard]) -> ReanalyseRep
     )
 
 
-def ready_batches(shards: list[ReplayShard]) -> Iterator[Batch]:
-    """Batches from the shards in turn, until none has any or the actors' turn has come."""
+def ready_batches(shards: list[ReplayShard], is_over: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+    """Batches from the shards in turn, until none has any, the actors' turn has come, or all is over."""
     for _ in range(MAX_LEARNER_STEPS_A_TURN):
-        batches = [batch for shard in shards if (batch := shard.sample()) is not None]
+        batches = [batch for shard in shards if not is_over() and (batch := shard.sample()) is not None]
         if not batches:
             return
         yield from batches

@@ -234,6 +234,11 @@ class RunState:
         goal = self.config.stop_at_return
         return goal is not None and self.evaluation is not None and self.evaluation["mean_return"] >= goal
 
+    @property
+    def is_out_of_time(self) -> bool:
+        limit = self.config.max_minutes
+        return limit is not None and self.seconds >= 60 * limit
+
     def stop_reason(self) -> str | None:
         """Why the run is over, in words; None while it isn't."""
         limits = self.config
@@ -244,7 +249,7 @@ class RunState:
         if limits.max_train_steps is not None and self.learner.learner_steps >= limits.max_train_steps:
             steps = self.learner.learner_steps
             return f"{steps} learner steps were made (run.max_train_steps {limits.max_train_steps})"
-        if limits.max_minutes is not None and self.seconds >= 60 * limits.max_minutes:
+        if self.is_out_of_time:
             return f"{limits.max_minutes:g} minutes are over"
         if self.has_reached_goal and self.evaluation is not None:
             return f"an evaluation reached a mean return of {self.evaluation['mean_return']:.1f}"

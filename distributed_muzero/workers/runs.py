@@ -69,6 +69,12 @@ def place_of(run: str, runs_dir: str) -> Place | None:
     return Place(runs_dir, run) if uris.is_uri(runs_dir) and NAME.fullmatch(run) else None
 
 
+def place_in(run: str, runs_dir: str) -> str:
+    """Where a run of this folder lies, as `RunFolder.place` has it."""
+    place = place_of(run, runs_dir)
+    return str(Path(runs_dir, run).resolve()) if place is None else place.uri.partition("?")[0]
+
+
 def names_in(runs_dir: str) -> list[str]:
     """The runs of a folder, newest first; at a URI in alphabetical order. Raises RunError."""
     return names_at(runs_dir) if uris.is_uri(runs_dir) else run_names(runs_dir)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
+from contextlib import nullcontext
 
 import pytest
 
 from distributed_muzero.cli import cluster
 from distributed_muzero.cli.cluster import run_at_hand, status_of
+from distributed_muzero.cluster import control
 from distributed_muzero.config import make_config
 from distributed_muzero.errors import RunError
 from distributed_muzero.mirror import download
@@ -107,6 +109,61 @@ def test_a_run_at_a_uri_that_is_at_work_on_this_machine_is_read_here(there, tmp_
             assert found == {"run": "r", "state": "running", "env_steps": 7}
 
 
+# A run of the same name elsewhere on this machine ----------------------------------------------------------------
+
+
+@pytest.fixture
+def in_cluster(monkeypatch):
+    """What runs of the cluster on this machine tell, by name."""
+    found = {}
+    for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(control, "joined", lambda address: nullcontext())
+    monkeypatch.setattr(control, "run_status", lambda run, runs_dir, address: found[run or "c"])
+    monkeypatch.setattr(control, "going_on_status", found.__getitem__)
+    return found
+
+
+def running(name, folder):
+    return {"run": name, "state": "running", "folder": str(folder)}
+
+
+@pytest.mark.parametrize(("asked", "shown"), [("c", ("c", "finished")), (None, ("b", "stopped"))])
+def test_a_run_of_this_folder_is_shown_not_one_of_its_name_elsewhere(
+    runs_dir, in_cluster, capsys, asked, shown
+):
+    in_cluster["c"] = running("c", "/other/runs/c")
+    [found] = cluster.watched(asked, None, str(runs_dir), True, None)
+    assert (found["run"], found["state"]) == shown
+    told = "this machine's cluster has another run 'c', in /other/runs/c; --address auto means that one"
+    assert capsys.readouterr().err == f"{told}\n"
+    [found] = cluster.watched(asked, "auto", str(runs_dir), False, None)
+    assert found == in_cluster["c"]
+
+
+def test_a_run_of_the_cluster_is_shown_where_it_lies_if_none_here_has_its_name(runs_dir, in_cluster, capsys):
+    # c goes on on another node, and its folder is seen from here.
+    for name, folder in (("c", runs_dir / "c"), ("far", "/other/runs/far")):
+        in_cluster[name] = running(name, folder)
+        [found] = cluster.watched(name, None, str(runs_dir), False, None)
+        assert found == in_cluster[name]
+    in_cluster["c"] = {"run": "c", "state": "pending"}  # it doesn't say where
+    assert [*cluster.watched("c", None, str(runs_dir), False, None)] == [in_cluster["c"]]
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_is_asked_of_a_run_elsewhere_whose_name_is_of_one_here(runs_dir, in_cluster):
+    in_cluster["c"] = running("c", "/other/runs/c")
+    for name in ("b", "c", "far"):
+        in_cluster.setdefault(name, running(name, runs_dir / name))
+    with pytest.raises(
+        RunError, match=r"has a run 'c', and this .* another run 'c', in /other/runs/c; --address"
+    ):
+        cluster.check_is_meant("c", str(runs_dir))
+    cluster.check_is_meant("b", str(runs_dir))
+    cluster.check_is_meant("far", str(runs_dir))
+
+
 # Beside clusters --------------------------------------------------------------------------------------------------
 
 
@@ -119,7 +176,7 @@ def test_a_train_with_a_ray_of_its_own_is_in_the_way_of_no_other_and_is_watched_
 ):
     for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(variable, raising=False)
-    options = ("--set", "run.max_train_steps=null", "--max-minutes", 3)
+    options = ("--set", "run.max_train_steps=null", "--max-minutes", 15)
     work = tmp_path / "work"
     with processes.started(
         "train", "--preset", "debug", "--runs-dir", work, "--name", "r", *options
@@ -128,6 +185,11 @@ def test_a_train_with_a_ray_of_its_own_is_in_the_way_of_no_other_and_is_watched_
         for command in (("status", "c", "--json"), ("watch", "c")):
             asked = processes.run(*command, "--runs-dir", runs_dir)
             assert asked.returncode == 0 and "finished" in asked.stdout, asked.stderr
+        make_run(runs_dir, "r", "stopped", 5)
+        same_name = processes.run("status", "r", "--runs-dir", runs_dir, "--json")
+        assert json.loads(same_name.stdout)["state"] == "stopped" and f"in {work / 'r'};" in same_name.stderr
+        refused = processes.run("scale", "r", "--actors", 2, "--runs-dir", runs_dir)
+        assert refused.returncode == 2 and f"another run 'r', in {work / 'r'};" in refused.stderr
         unknown = processes.run("status", "nobody", "--runs-dir", runs_dir)
         assert unknown.returncode == 2 and "no run 'nobody' in" in unknown.stderr, unknown.stderr
         assert "Traceback" not in unknown.stderr

@@ -7,10 +7,12 @@ import shutil
 
 import pytest
 
+from distributed_muzero.cli import main
 from distributed_muzero.cli.envs import parse_kwargs
 from distributed_muzero.config import make_config, parse_overrides
 from distributed_muzero.environments.checks_of_games import OF_GAMES
 from distributed_muzero.environments.checks_of_instances import OF_INSTANCES
+from distributed_muzero.environments.registry import environment_ids
 from tests import processes
 from tests.environments.games import EXAMPLES
 
@@ -24,6 +26,15 @@ def here(tmp_path, monkeypatch):
     text = (EXAMPLES / "nim.py").read_text(encoding="utf-8")
     (tmp_path / "odd_nim.py").write_text(text.replace("self.player = 1 - self.player", "pass"))
     monkeypatch.chdir(tmp_path)
+
+
+def test_the_list_has_two_columns_however_long_the_ids_are(capsys):
+    main.app(["envs"], standalone_mode=False)
+    lines = capsys.readouterr().out.splitlines()
+    entries = environment_ids()
+    second = max(len(entry.id) for entry in entries) + 2
+    assert [line[:second].rstrip() for line in lines] == [entry.id for entry in entries]
+    assert all(line[second:].startswith(entry.family) for line, entry in zip(lines, entries, strict=True))
 
 
 def test_a_sound_environment_gets_a_table_and_exit_code_0():

@@ -351,6 +351,7 @@ def test_all_are_listed():
     [
         ("poly-eazy", r"no such topic and difficulty \(did you mean 'poly-easy'"),
         ("poly", "has the topics binomial, complex, poly, .*each with -easy, -normal, -hard"),
+        ("poly", r"\(did you mean 'poly-easy' or 'poly-normal' or 'poly-hard'\?\)"),
         ("Poly-Hard", "did you mean 'poly-hard'"),
         ("", "no such topic and difficulty; mathy has"),
     ],

@@ -17,16 +17,24 @@ from distributed_muzero.cli.status_view import status_table
 from distributed_muzero.cli.watch_view import Trails, plain_line
 from distributed_muzero.config import EnvironmentConfig, load_file, make_config, parse_overrides
 from distributed_muzero.environments import registry
+from distributed_muzero.environments.base import EnvironmentSpec, TokenColumn
 from distributed_muzero.environments.chain import ChainEnvironment, make_chain
 from distributed_muzero.environments.registry import make_environment, register_environment
-from distributed_muzero.errors import ConfigError
+from distributed_muzero.errors import ConfigError, EnvironmentFailure, UnknownEnvironmentError
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.replay.validation import validate
 from distributed_muzero.run_folder import create_run, open_run
 from distributed_muzero.workers import local
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import Builder
-from distributed_muzero.workers.curriculum import Begun, Change, Curriculum, ResultsInOrder, draw_stage
+from distributed_muzero.workers.curriculum import (
+    Begun,
+    Change,
+    Curriculum,
+    ResultsInOrder,
+    draw_stage,
+    facts_of,
+)
 from distributed_muzero.workers.environment_pool import EnvironmentPool
 from distributed_muzero.workers.outbox import Outbox
 from distributed_muzero.workers.replay_shard import InsertReply
@@ -395,6 +403,13 @@ def test_a_run_without_a_curriculum_tells_of_none(tmp_path):
     assert not any("curriculum" in line for line in folder.metrics_file.read_text().splitlines())
 
 
+def test_where_nobody_plays_the_stage_stays(tmp_path):
+    """The stages say which stored episodes may be learnt from."""
+    folder = create_run(tmp_path, "r", make_config(SMALL, {"actor": {"num_actors": 0}}))
+    book, began, _ = launch(folder, max_minutes=1e-4)
+    assert book.curriculum.state() == began and folder.read_status()["curriculum"]["win_rate"] is None
+
+
 def test_a_new_stage_is_not_shown_with_the_share_of_the_one_before():
     curriculum, told = make_curriculum(), io.StringIO()
     with Progress(Console(file=told, width=200), clock=iter(range(0, 100, 10)).__next__) as progress:
@@ -428,24 +443,57 @@ def refused(**sections):
 def test_stages_share_a_spec():
     text = refused(curriculum={"stages": [*STAGES, {"kwargs": {"length": 7}}]})
     assert text == (
-        "curriculum.stages: chain {'length': 7} has observations (7,) float32 and actions (3,); chain (environment) "
-        "has observations (10,) float32 and actions (3,). One network plays all of them: choose ids and kwargs that "
-        "agree"
+        "stage 4 of curriculum.stages: chain {'length': 7} shows observations (7,) float32, actions (3,), 1 player; "
+        "chain (environment) shows observations (10,) float32, actions (3,), 1 player: expected the same, as one "
+        "network plays all of them; choose ids and kwargs that agree"
     )
-    with pytest.raises(ConfigError, match="has observations"):  # also where nobody checked before
+    with pytest.raises(ConfigError, match="shows observations"):  # also where nobody checked before
         played(make_builder(curriculum={"stages": [{"kwargs": {"length": 7}}]}), (0,))
+
+
+def test_a_stage_that_cant_be_made_is_named_with_what_it_did_not_say_itself():
+    stages = [{"kwargs": {"size": 9}}, {"id": "CartPole-v1", "kwargs": {"start": 1}}]
+    builder = make_builder(environment={"kwargs": {"length": 7, "start": 3}}, curriculum={"stages": stages})
+    with pytest.raises(
+        EnvironmentFailure, match=r"^stage 1 of curriculum.stages \(length, start from environment.kwargs\): "
+    ):
+        builder.stage_environment(0)
+    with pytest.raises(
+        EnvironmentFailure,
+        match=r"stage 2 of curriculum.stages \(length from environment.kwargs\): CartPole-v1 with kwargs",
+    ):
+        builder.stage_environment(1)
+    with pytest.raises(
+        UnknownEnvironmentError, match=r"stage 1 of curriculum.stages: no environment 'chian'"
+    ):
+        make_builder(curriculum={"stages": [{"id": "chian"}]}).check_stages()
+
+
+def test_token_columns_are_told_where_they_differ():
+    letters = TokenColumn("letter", "category", 27), TokenColumn("depth", "number")
+    spec = EnvironmentSpec("e", (8, 2), np.dtype(np.float32), (8, 1), 1, letters)
+    shorter, other = spec._replace(observation_shape=(4, 2)), spec._replace(token_columns=letters[::-1])
+    assert facts_of(spec, shorter) == "observations (8, 2) float32, actions (8, 1), 1 player"
+    assert (
+        facts_of(spec, other) == "observations (8, 2) float32 of letter (27), depth, actions (8, 1), 1 player"
+    )
 
 
 def test_games_for_two_have_no_curriculum():
     pytest.importorskip("pyspiel")
     game = "openspiel:tic_tac_toe"
     text = refused(environment={"id": game}, curriculum={"stages": [{}]})
-    assert f"{game} is a game for 2, and a curriculum is for one player" in text
+    assert (
+        f"stage 1 of curriculum.stages: {game} (environment) is a game for 2, and a curriculum is for one player"
+        in text
+    )
 
 
 def test_somebody_must_say_what_a_win_is():
     text = refused(curriculum={"won_at_return": None})
-    assert "chain {'start': 8} doesn't say whether a game is won; set curriculum.won_at_return" in text
+    assert text.startswith(
+        "stage 1 of curriculum.stages: chain {'start': 8} doesn't say whether a game is won; set "
+    )
 
 
 @pytest.mark.parametrize(

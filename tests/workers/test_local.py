@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 
 from rich.console import Console
 
@@ -14,10 +15,11 @@ from distributed_muzero.run_folder import create_run
 from distributed_muzero.workers import local
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import Builder
+from distributed_muzero.workers.learner import Learner
 from distributed_muzero.workers.run_state import outcome
 
 
-def train(tmp_path, name, sections=None, interval_seconds=100.0, **limits):
+def train(tmp_path, name, sections=None, interval_seconds=100.0, clock=time.monotonic, **limits):
     config = make_config(
         load_preset("debug"),
         sections or {},
@@ -28,7 +30,7 @@ def train(tmp_path, name, sections=None, interval_seconds=100.0, **limits):
         },
     )
     folder = create_run(tmp_path, name, config)
-    book = Bookkeeper(config, folder, Progress(Console(file=io.StringIO())))
+    book = Bookkeeper(config, folder, Progress(Console(file=io.StringIO())), clock)
     reason = outcome(local.turns(config, name, book, lambda: False)).reason
     book.close("finished")
     return folder, book, reason
@@ -53,6 +55,19 @@ def test_every_limit_ends_the_run_and_is_named(tmp_path):
     assert "environment steps" in train(tmp_path, "b", max_env_steps=50)[2]
     assert "minutes" in train(tmp_path, "c", max_minutes=0.01, max_train_steps=None)[2]
     assert "evaluation" in train(tmp_path, "d", interval_seconds=0.0, stop_at_return=1.0)[2]
+
+
+def test_time_is_looked_at_between_learner_steps(tmp_path, monkeypatch):
+    seconds, step = 0, Learner.step
+
+    def slow_step(self, batch):
+        nonlocal seconds
+        seconds += 25
+        return step(self, batch)
+
+    monkeypatch.setattr(Learner, "step", slow_step)
+    _, book, reason = train(tmp_path, "r", clock=lambda: seconds, max_minutes=1, max_train_steps=None)
+    assert (book.state.learner.learner_steps, reason) == (3, "1 minutes are over")
 
 
 def test_the_same_seed_learns_the_same_weights(tmp_path):

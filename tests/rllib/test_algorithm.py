@@ -1,0 +1,178 @@
+"""DistributedMuZero in one process: iterations, results, what is saved."""
+
+import json
+import math
+import subprocess
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+
+from distributed_muzero.checkpoint import latest_checkpoint
+from distributed_muzero.errors import ConfigError, ContractError, EnvironmentFailure, RunError
+from distributed_muzero.rllib import DistributedMuZero, MuZeroConfig
+
+
+def small():
+    return (
+        MuZeroConfig("debug")
+        .env_runners(num_env_runners=0)
+        .reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=150)
+        .evaluation(evaluation_duration=3)
+    )
+
+
+@pytest.fixture
+def made():
+    """Builds algorithms, and stops them in the end."""
+    all_made = []
+
+    def build(config):
+        all_made.append(config.build_algo())
+        return all_made[-1]
+
+    yield build
+    for algorithm in all_made:
+        algorithm.stop()
+
+
+def steps_of(result):
+    return result["num_env_steps_sampled_lifetime"], result["num_grad_updates_lifetime"]
+
+
+def test_results_have_rllibs_names_and_add_up(made):
+    algorithm = made(small().evaluation(evaluation_interval=2))
+    results = [algorithm.train() for _ in range(4)]
+    assert [result["training_iteration"] for result in results] == [1, 2, 3, 4]
+    assert ["evaluation" in result for result in results] == [False, True, False, True]
+    sampled = [result["env_runners"]["num_env_steps_sampled"] for result in results]
+    assert results[-1]["num_env_steps_sampled_lifetime"] == sum(sampled)
+    assert all(number >= 150 for number in sampled[1:])
+    last = results[-1]
+    runners, learner = last["env_runners"], last["learners"]["default_policy"]
+    assert runners["num_env_steps_sampled_lifetime"] == sum(sampled)
+    assert runners["num_episodes_lifetime"] == sum(
+        result["env_runners"]["num_episodes"] for result in results
+    )
+    assert runners["episode_return_min"] <= runners["episode_return_mean"] <= runners["episode_return_max"]
+    assert runners["episode_len_min"] <= runners["episode_len_mean"] <= runners["episode_len_max"]
+    assert last["num_grad_updates_lifetime"] > 0
+    batch_size = learner["module_train_batch_size_mean"]
+    assert learner["num_module_steps_trained_lifetime"] == last["num_grad_updates_lifetime"] * batch_size
+    assert {"total_loss", "vf_loss", "policy_loss", "default_optimizer_learning_rate"} <= learner.keys()
+    played = last["evaluation"]["env_runners"]
+    assert played["num_episodes"] == 3 and math.isfinite(played["episode_return_mean"])
+    assert last["time_total_s"] == pytest.approx(sum(result["time_this_iter_s"] for result in results))
+
+
+def test_before_the_first_iteration_it_evaluates_and_plays_by_its_first_weights(made):
+    algorithm = made(small())
+    one, other = (algorithm.evaluate()["env_runners"] for _ in range(2))
+    assert one == other and one["num_episodes"] == 3
+    assert algorithm.iteration == 0
+    assert algorithm._turns is None  # nothing was started for it
+
+
+def test_it_goes_on_in_another_process_with_weights_optimizer_replay_and_counts(made, tmp_path):
+    algorithm = made(small())
+    for _ in range(3):
+        last = algorithm.train()
+    saved = algorithm.save_to_path(tmp_path / "saved")
+    before = latest_checkpoint(tmp_path / "saved" / "run" / "checkpoints")
+    assert before.step >= last["num_grad_updates_lifetime"] > 0
+    code = f"""
+import json
+from distributed_muzero.checkpoint import latest_checkpoint
+from distributed_muzero.rllib import DistributedMuZero
+algorithm = DistributedMuZero.from_checkpoint({saved!r})
+held = latest_checkpoint(algorithm._run_folder().checkpoints)
+first = algorithm.iteration
+result = algorithm.train()
+stored = sum(shard["transitions"] for shard in algorithm._book._shards)
+algorithm.stop()
+print(json.dumps([held.step, float(sum(abs(a).sum() for a in held.tensors["optimizer"].values())), first,
+    result["training_iteration"], result["num_env_steps_sampled_lifetime"], result["num_grad_updates_lifetime"],
+    stored]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    step, optimizer, first, iteration, env_steps, learner_steps, stored = json.loads(
+        done.stdout.splitlines()[-1]
+    )
+    assert step == before.step
+    assert optimizer == pytest.approx(sum(abs(array).sum() for array in before.tensors["optimizer"].values()))
+    assert (first, iteration) == (3, 4)
+    assert env_steps >= last["num_env_steps_sampled_lifetime"] + 150
+    assert learner_steps > before.step
+    assert stored > 0.9 * last["num_env_steps_sampled_lifetime"]
+
+
+def test_what_was_played_can_be_left_out(made, tmp_path):
+    algorithm = made(small().training(store_buffer_in_checkpoints=False))
+    first = algorithm.train()
+    algorithm.save_to_path(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "run" / "replay").exists()
+    algorithm.restore_from_path(tmp_path / "saved")
+    assert steps_of(algorithm.train())[0] >= steps_of(first)[0] + 150
+
+
+def test_another_rate_goes_on_from_saved_weights(made, tmp_path):
+    """As a trial does under PBT."""
+    algorithm = made(small().training(lr=1e-3))
+    while not algorithm.train()["num_grad_updates_lifetime"]:
+        pass
+    saved = algorithm.save_to_path(tmp_path / "saved")
+    other = made(small().training(lr=1e-2, learner={"warmup_steps": 0, "final_learning_rate": 1e-2}))
+    other.train()
+    other.restore_from_path(saved)
+    assert (
+        latest_checkpoint(other._run_folder().checkpoints).step
+        == latest_checkpoint(algorithm._run_folder().checkpoints).step
+    )
+    result = other.train()
+    assert result["learners"]["default_policy"]["default_optimizer_learning_rate"] == pytest.approx(1e-2)
+    assert result["training_iteration"] == algorithm.iteration + 1
+
+
+def test_other_networks_cannot_take_it_over(made, tmp_path):
+    algorithm = made(small())
+    algorithm.train()
+    saved = algorithm.save_to_path(tmp_path / "saved")
+    other = made(small().training(network={"embedding_size": 48}))
+    with pytest.raises(RunError, match=r"network\.embedding_size .* can't become 48"):
+        other.restore_from_path(saved)
+
+
+def test_a_folder_without_a_saved_one_is_refused(made, tmp_path):
+    algorithm = made(small())
+    for load in (algorithm.restore_from_path, DistributedMuZero.from_checkpoint):
+        with pytest.raises(RunError, match=r"holds no saved DistributedMuZero: muzero_config.yaml, "):
+            load(tmp_path)
+
+
+def test_it_plays_one_move(made):
+    algorithm = made(MuZeroConfig("cartpole").training(num_simulations=4).env_runners(num_env_runners=0))
+    observation, _ = gymnasium.make("CartPole-v1").reset(seed=3)
+    assert algorithm.compute_single_action(observation) in (0, 1)
+    for action in (0, 1):
+        mask = np.eye(2)[action]
+        assert algorithm.compute_single_action(observation, action_mask=mask) == action
+        assert algorithm.compute_single_action(observation, action_mask=mask, explore=True) == action
+    with pytest.raises(ContractError, match=r"shape \(3,\) came; expected \(4,\)"):
+        algorithm.compute_single_action(observation[:3])
+    with pytest.raises(ContractError, match=r"mask of shape \(3,\) came; expected \(2,\)"):
+        algorithm.compute_single_action(observation, action_mask=[1, 1, 0])
+
+
+def test_a_games_equal_seeds_play_equal_games(made):
+    games = [made(small()) for _ in range(2)]
+    one, other = ([algorithm.train()["env_runners"] for _ in range(2)] for algorithm in games)
+    assert one == other
+
+
+def test_what_cannot_be_fails_when_it_is_built():
+    with pytest.raises(ConfigError, match="has no 'gama'"):
+        DistributedMuZero({"gama": 1})
+    with pytest.raises(EnvironmentFailure, match="Pendulum-v1 has continuous actions"):
+        MuZeroConfig().environment("Pendulum-v1").build_algo()
