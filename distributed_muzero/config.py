@@ -393,7 +393,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
                 f"--set {text!r}: expected section.key=value, for example learner.batch_size=128"
             )
         try:
-            sections.setdefault(section, {})[name] = _number(yaml.safe_load(value))
+            sections.setdefault(section, {})[name] = with_numbers(yaml.safe_load(value))
         except yaml.YAMLError:
             raise ConfigError(f"--set {text!r}: the value can't be read as YAML") from None
     return sections
@@ -432,12 +432,12 @@ def _suggest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _number(value: Any) -> Any:
+def with_numbers(value: Any) -> Any:
     """YAML 1.1 reads 1e-3 as text; people mean a number."""
     if isinstance(value, list):
-        return [_number(item) for item in value]
+        return [with_numbers(item) for item in value]
     if isinstance(value, dict):
-        return {key: _number(item) for key, item in value.items()}
+        return {key: with_numbers(item) for key, item in value.items()}
     if isinstance(value, str):
         try:
             return float(value)
@@ -454,6 +454,6 @@ def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     if not isinstance(sections, dict) or not all(isinstance(value, dict) for value in sections.values()):
         raise ConfigError(f"{source} must be a mapping of sections, such as `learner:` with its keys below")
     return {
-        section: {key: _number(value) for key, value in values.items()}
+        section: {key: with_numbers(value) for key, value in values.items()}
         for section, values in sections.items()
     }

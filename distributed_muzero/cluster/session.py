@@ -35,20 +35,23 @@ def turns(
         control = make_control(run_name, desired)
         # Until the driver tells more: which run of this name it is.
         control.exchange.remote({"run": run_name, "state": "starting", "folder": book.folder.place})
-        while True:
-            driver = Driver(config, run_name, book, stop_requested, desired, control)
-            try:
-                if ending := (yield from driver.turns()):
-                    return ending
-            finally:
-                driver.kill_all()  # Ray may go on without the run
-                control = driver.control.handle
-            # The number that was chosen goes on, where one was.
-            desired = driver.desired._replace(num_actors=driver.autoscaler.num_actors)
-            desired = change_shards(book, desired, control)
-            config = book.config
-            if stop_requested():
-                return STOPPED
+        try:
+            while True:
+                driver = Driver(config, run_name, book, stop_requested, desired, control)
+                try:
+                    if ending := (yield from driver.turns()):
+                        return ending
+                finally:
+                    driver.kill_all()  # Ray may go on without the run
+                    control = driver.control.handle
+                # The number that was chosen goes on, where one was.
+                desired = driver.desired._replace(num_actors=driver.autoscaler.num_actors)
+                desired = change_shards(book, desired, control)
+                config = book.config
+                if stop_requested():
+                    return STOPPED
+        finally:
+            ray.kill(control)
 
 
 def change_shards(book: Bookkeeper, desired: Desired, control: Any) -> Desired:

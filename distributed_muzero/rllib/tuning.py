@@ -14,6 +14,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search.sample import Domain
 
+from distributed_muzero.config import with_numbers
 from distributed_muzero.errors import ConfigError, RunError, first_line
 from distributed_muzero.rllib.algorithm import NAME
 from distributed_muzero.rllib.config import MuZeroConfig
@@ -66,7 +67,7 @@ def _domain(name: str, line: Any, path: Path) -> Domain:
     if not isinstance(arguments, list) or not arguments:
         raise ConfigError(f"{path}: {name}: {kind}: {arguments!r}: expected a list, such as [1.0e-4, 1.0e-2]")
     if kind == "choice":
-        return tune.choice(arguments)
+        return tune.choice(with_numbers(arguments))
     if kind not in KINDS:
         raise ConfigError(f"{path}: {name}: no kind {kind!r}; expected one of {kinds}")
     try:

@@ -92,7 +92,7 @@ def test_settings_are_attributes():
     assert config.lr == 0.2
     assert config.training(lr=0.3).lr == 0.3
     assert not hasattr(config, "gamma") and not hasattr(config, "callbacks")
-    with pytest.raises(ConfigError, match="has no 'lrr'.*did you mean 'lr'"):
+    with pytest.raises(ConfigError, match=r"has no 'lrr'.*did you mean 'lr'"):
         config.lrr = 1
 
 
