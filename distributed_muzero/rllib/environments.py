@@ -90,21 +90,25 @@ def _unknown(id: str, name: str) -> str:
 
 def _adapt(made: Any, config: EnvironmentConfig) -> Environment:
     limit = config.max_episode_steps
-    if _is_a(made, "ray.rllib.env.wrappers.pettingzoo_env", "PettingZooEnv") and _is_masked_game_of_two(made):
+    if _wraps_a_board_game(made):
         game = re.sub(r"_v\d+$", "", str(made.env.metadata.get("name")))
         return AECEnvironment(made.env, config.id, limit, ORDERS.get(game), BOARDS.get(game))
-    if _is_a(made, "ray.rllib.env.multi_agent_env", "MultiAgentEnv"):
+    multi_agent = _class_of_rllib("ray.rllib.env.multi_agent_env", "MultiAgentEnv")
+    if multi_agent is not None and isinstance(made, multi_agent):
         return MultiAgentEnvironment(made, config.id, limit)
     key = masked_key(made.observation_space)
     return GymnasiumEnvironment(made if key is None else Unmasked(made, key), config.id, limit)
 
 
-def _is_a(made: Any, module: str, name: str) -> bool:
-    """Whether it is of a class whose module something has imported: without that there is no instance of it."""
-    return module in sys.modules and isinstance(made, getattr(sys.modules[module], name))
+def _wraps_a_board_game(made: Any) -> bool:
+    """Whether it is RLlib's PettingZooEnv, nobody's variant of it, around what `pettingzoo:` would play as well."""
+    is_wrapper = type(made) is _class_of_rllib("ray.rllib.env.wrappers.pettingzoo_env", "PettingZooEnv")
+    if not is_wrapper:
+        return False
+    agents = made.possible_agents
+    return len(agents) == 2 and MASK in getattr(made.get_observation_space(agents[0]), "spaces", {})
 
 
-def _is_masked_game_of_two(wrapper: Any) -> bool:
-    """Of a PettingZooEnv: whether what it wraps is of the kind that `pettingzoo:` plays."""
-    agents = wrapper.possible_agents
-    return len(agents) == 2 and MASK in getattr(wrapper.get_observation_space(agents[0]), "spaces", {})
+def _class_of_rllib(module: str, name: str) -> type | None:
+    """None where nobody has imported the module: then there is no instance of it either."""
+    return getattr(sys.modules.get(module), name, None)

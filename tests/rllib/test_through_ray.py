@@ -1,0 +1,67 @@
+"""In real Ray processes: creators reach them, and RLlib's PPO trains on environments of ours."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.processes import run, status
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SHORT = ("--preset", "debug", "--name", "r", "--max-train-steps", 20)
+
+
+def run_script(name, *arguments):
+    """Its standard output. Ray's sockets lie in a folder whose path is short."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory(prefix="dm", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", HERE / f"{name}.py", *(arguments or [folder])],
+            capture_output=True, text=True, timeout=200, env={**environment, "RAY_TMPDIR": folder},
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_creator_reaches_every_process_of_the_job():
+    early, late, never = json.loads(run_script("ray_script"))
+    assert early == {"num_actions": 2, "loaded": []} and late == {"num_actions": 3, "loaded": []}
+    assert "'never' isn't registered" in never["error"] and "(early, late is)" in never["error"]
+
+
+def test_a_script_registers_an_environment_and_trains_on_it(tmp_path):
+    run_script("train_script", *map(str, SHORT), "--runs-dir", str(tmp_path))
+    assert status(tmp_path / "r")["state"] == "finished"
+
+
+def test_the_command_line_imports_the_module_that_registers_it(tmp_path, monkeypatch):
+    (tmp_path / "my_games.py").write_text(
+        "import gymnasium\nfrom ray import tune\n"
+        "tune.register_env('pole', lambda config: gymnasium.make('CartPole-v1'))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = run("train", "--in-process", *SHORT, "--env", "rllib:my_games:pole", "--trust-env-code")
+    assert done.returncode == 0, done.stderr
+    assert status(tmp_path / "runs" / "r")["state"] == "finished"
+
+
+def test_rllibs_ppo_trains_on_environments_of_ours():
+    chain, game, masked = map(json.loads, run_script("ppo_script").splitlines())
+    for result in (chain, game, masked):
+        assert result["env_steps"] == 256
+        assert all(map(math.isfinite, [*result["returns"].values(), *result["losses"]])) and result["losses"]
+    for result in (game, masked):
+        assert result["returns"]["player_0"] == pytest.approx(-result["returns"]["player_1"])
+    # Nobody wins tic-tac-toe in fewer than five moves; illegal ones end it earlier.
+    assert masked["episode_len_mean"] >= 5 > game["episode_len_mean"]
