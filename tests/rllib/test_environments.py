@@ -14,6 +14,7 @@ from distributed_muzero.config import TRUST_VARIABLE, EnvironmentConfig
 from distributed_muzero.environments.checks import check_environment
 from distributed_muzero.environments.registry import environment_ids, make_environment
 from distributed_muzero.errors import EnvironmentFailure, UnknownEnvironmentError
+from distributed_muzero.rllib import registered
 from tests.rllib.games import Walk
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +36,7 @@ def make(id, **kwargs):
 @pytest.fixture
 def register(monkeypatch):
     monkeypatch.setattr(tune.registry._global_registry, "_to_flush", {})
+    monkeypatch.setattr(registered, "_found", {})
     return tune.register_env
 
 
@@ -54,6 +56,15 @@ def test_a_registered_creator_gets_the_kwargs_and_makes_a_gymnasium_environment(
     assert environment.spec.observation_shape == (4,) and environment.spec.id == "rllib:pole"
     environment.initial_state(1)
     assert environment.step(0)[0] == 0.0
+
+
+def test_what_was_found_outlives_rays_shutdown_and_gives_way_to_a_new_one(register):
+    register("pole", lambda config: gymnasium.make("CartPole-v1"))
+    assert make("rllib:pole").spec.num_actions == 2
+    tune.registry._global_registry._to_flush.clear()  # as a shutdown leaves it
+    assert make("rllib:pole").spec.num_actions == 2
+    register("pole", lambda config: gymnasium.make("Acrobot-v1"))
+    assert make("rllib:pole").spec.num_actions == 3
 
 
 def test_a_mask_beside_the_observation_is_found_and_all_promises_are_kept(register):

@@ -18,7 +18,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SHORT = ("--preset", "debug", "--name", "r", "--max-train-steps", 20)
+SHORT = (
+    "--name", "r", "--max-train-steps", "5", "--set", "search.num_simulations=4",
+    "--set", "replay.min_size_to_sample=20", "--set", "learner.batch_size=16", "--set", "evaluator.num_episodes=2",
+)  # fmt: skip
 
 
 def run_script(name, *arguments):
@@ -40,7 +43,7 @@ def test_a_creator_reaches_every_process_of_the_job():
 
 
 def test_a_script_registers_an_environment_and_trains_on_it(tmp_path):
-    run_script("train_script", *map(str, SHORT), "--runs-dir", str(tmp_path))
+    run_script("train_script", *SHORT, "--runs-dir", str(tmp_path))
     assert status(tmp_path / "r")["state"] == "finished"
 
 
@@ -51,7 +54,8 @@ def test_the_command_line_imports_the_module_that_registers_it(tmp_path, monkeyp
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    done = run("train", "--in-process", *SHORT, "--env", "rllib:my_games:pole", "--trust-env-code")
+    ours = ("--env", "rllib:my_games:pole", "--trust-env-code")
+    done = run("train", "--in-process", *SHORT, *ours, timeout=200)
     assert done.returncode == 0, done.stderr
     assert status(tmp_path / "runs" / "r")["state"] == "finished"
 
