@@ -70,7 +70,8 @@ def _find(config: EnvironmentConfig) -> Creator:
         return creator
     module_name, colon, rest = name.partition(":")
     if not (colon and rest and is_module(module_name)):
-        raise UnknownEnvironmentError(_unknown(config.id, name))
+        advice = "Register it before, or give the module that does so: rllib:MODULE:NAME"
+        raise UnknownEnvironmentError(f"{_unknown(config.id, name)}. {advice}")
     if config.code_folder is None:
         raise UnknownEnvironmentError(f"{_unknown(config.id, name)}. {how_to_trust(f'{module_name}:{rest}')}")
     module = import_module(config, module_name)
@@ -81,10 +82,9 @@ def _find(config: EnvironmentConfig) -> Creator:
 
 
 def _unknown(id: str, name: str) -> str:
-    names = ", ".join(registered_names()) or "nothing"
     return (
-        f"{id}: {name!r} isn't registered with ray.tune.register_env in this process or its Ray job ({names} is). "
-        "Register it before, or give the module that does so: rllib:MODULE:NAME"
+        f"{id}: {name!r} isn't registered with ray.tune.register_env in this process or its Ray job (registered: "
+        f"{', '.join(registered_names()) or 'none'})"
     )
 
 

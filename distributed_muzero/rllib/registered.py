@@ -1,7 +1,8 @@
 """What `ray.tune.register_env` has been given, read without importing Ray Tune or RLlib.
 
 Tune keeps creators in the process until Ray is connected, then in Ray's key-value store under the job's id, where every
-process of the job finds them, and forgets them when Ray is shut down. Importing `ray.tune` only to look there would take 1.6 s and 115 MB in each process.
+process of the job finds them; both forget them when Ray is shut down. Importing `ray.tune` only to look there would
+take 1.6 s and 115 MB in each process.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def test_an_untrusted_module_is_not_imported(trusted, monkeypatch):
         (
             "rllib:pool",
             UnknownEnvironmentError,
-            r"'pool' isn't registered .*\(pole is\)\. Register it before",
+            r"'pool' isn't registered .*\(registered: pole\)\. Register it",
         ),
         ("rllib:", UnknownEnvironmentError, "give the module that does so: rllib:MODULE:NAME"),
         ("rllib:registering:pool", UnknownEnvironmentError, "nor has registering a pool to call"),

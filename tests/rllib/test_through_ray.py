@@ -26,7 +26,7 @@ SHORT = (
 
 def run_script(name, *arguments):
     """Its standard output. Ray's sockets lie in a folder whose path is short."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_raylet_start_wait_time_s": "120"}
     with tempfile.TemporaryDirectory(prefix="dm", dir="/tmp", ignore_cleanup_errors=True) as folder:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", HERE / f"{name}.py", *(arguments or [folder])],
@@ -39,7 +39,7 @@ def run_script(name, *arguments):
 def test_a_creator_reaches_every_process_of_the_job():
     early, late, never = json.loads(run_script("ray_script"))
     assert early == {"num_actions": 2, "loaded": []} and late == {"num_actions": 3, "loaded": []}
-    assert "'never' isn't registered" in never["error"] and "(early, late is)" in never["error"]
+    assert "'never' isn't registered" in never["error"] and "(registered: early, late)" in never["error"]
 
 
 def test_a_script_registers_an_environment_and_trains_on_it(tmp_path):
