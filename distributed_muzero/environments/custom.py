@@ -6,6 +6,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from distributed_muzero.config import TRUST_VARIABLE, EnvironmentConfig
@@ -14,12 +15,18 @@ from distributed_muzero.errors import DistributedMuZeroError, EnvironmentFailure
 
 Factory = Callable[[EnvironmentConfig], Environment]
 
-PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+MODULE = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
+PATH = re.compile(rf"{MODULE}:[^\W\d]\w*")
 MEMBERS = ("spec", "initial_state", "step", "mask", "to_play", "truncated", "close")
 
 
 def is_path(id: str) -> bool:
     return PATH.fullmatch(id) is not None
+
+
+def is_module(name: str) -> bool:
+    """Whether this can be a module's name."""
+    return re.fullmatch(MODULE, name) is not None
 
 
 def how_to_trust(id: str) -> str:
@@ -41,19 +48,30 @@ def make_custom(config: EnvironmentConfig) -> Environment:
         raise UnknownEnvironmentError(
             f"{config.id} isn't installed as an environment. {how_to_trust(config.id)}"
         )
+    module = import_module(config, module_name)
+    try:
+        factory = getattr(module, name)
+    except AttributeError as error:
+        raise UnknownEnvironmentError(f"{config.id}: {error}") from error
+    return call_factory(factory, config)
+
+
+def import_module(config: EnvironmentConfig, name: str) -> ModuleType:
+    """A module of trusted code: installed, or in `config.code_folder`, which must not be None.
+
+    Raises UnknownEnvironmentError where it isn't there, and EnvironmentFailure for what its import raises.
+    """
+    assert config.code_folder is not None
     if config.code_folder not in sys.path:
         sys.path.append(config.code_folder)
     try:
-        factory = getattr(importlib.import_module(module_name), name)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UnknownEnvironmentError(
             f"{config.id}: {error}; looked among what is installed and in {config.code_folder}"
         ) from error
-    except AttributeError as error:
-        raise UnknownEnvironmentError(f"{config.id}: {error}") from error
     except Exception as error:
         raise EnvironmentFailure(f"{config.id}: the import raised {_told(error)}") from error
-    return call_factory(factory, config)
 
 
 def call_factory(factory: Factory, config: EnvironmentConfig) -> Environment:

@@ -1,7 +1,8 @@
 """From an id to an environment: own ones, families by prefix, installed ones (entry points), code by its path,
 Gymnasium's.
 
-Gymnasium, OpenSpiel, PettingZoo and mathy are imported on first use only, torch and ray never.
+Gymnasium, OpenSpiel, PettingZoo and mathy are imported on first use only, torch and ray never; `rllib:` reads what
+Ray has been given by others.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Family(NamedTuple):
     module: str  # with `make(config)` and `trainable_games()`, the names to list
     command: str  # that installs the package
     example: str
+    if_none: str = ""  # what it takes to have games, where there are none
 
 
 _FAMILIES = {
@@ -52,6 +54,13 @@ _FAMILIES = {
         "distributed_muzero.environments.mathy",
         "pip install 'distributed_muzero[mathy]'",
         "poly-easy",
+    ),
+    "rllib": Family(
+        "ray",
+        "distributed_muzero.rllib.environments",
+        "pip install distributed_muzero",
+        "MODULE:NAME",
+        "a module that calls ray.tune.register_env, and --trust-env-code",
     ),
 }
 
@@ -80,7 +89,7 @@ class EnvironmentEntry(NamedTuple):
     id: str
     family: str
     kwargs: dict[str, Any]  # that it can't be trained without
-    missing: str | None  # the command that installs what it lacks; None = ready
+    missing: str | None  # what it lacks, or the command that installs that; None = ready
 
 
 def register_environment(name: str, factory: Factory) -> None:
@@ -153,11 +162,13 @@ def _load_family(id: str, prefix: str) -> Any:
 
 
 def _games_of(prefix: str) -> list[EnvironmentEntry]:
-    """Those of a family with their default parameters; one that stands for all where its package is missing."""
+    """Those of a family with their default parameters; one that stands for all where it has none here."""
     family = _FAMILIES[prefix]
     if importlib.util.find_spec(family.package) is None:
         return [EnvironmentEntry(f"{prefix}:{family.example}", prefix, {}, family.command)]
     names = _load_family(prefix, prefix).trainable_games()
+    if not names:
+        return [EnvironmentEntry(f"{prefix}:{family.example}", prefix, {}, family.if_none)]
     return [EnvironmentEntry(f"{prefix}:{name}", prefix, {}, None) for name in names]
 
 

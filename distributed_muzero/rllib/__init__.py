@@ -1,5 +1,7 @@
-"""The face that RLlib's and Tune's users know. Names are loaded on first use: workers that look up an environment here
-load neither of them."""
+"""Ray RLlib and Tune: what of theirs is used here, and what of ours is used there.
+
+Names are loaded on first use: workers that look up an environment here load neither of them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from typing import Any
 _PLACES = {
     "MuZeroConfig": "distributed_muzero.rllib.config",
     "DistributedMuZero": "distributed_muzero.rllib.algorithm",
+    "register_with_rllib": "distributed_muzero.rllib.to_rllib",
 }
 
 __all__ = sorted(_PLACES)

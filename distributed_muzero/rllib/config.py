@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
+from ray import tune
 from ray.tune.search.sample import Domain
 from ray.tune.tune import _Config
 
 from distributed_muzero.config import Config, load_preset, make_config
 from distributed_muzero.errors import ConfigError
+from distributed_muzero.rllib.registered import registered_names
 from distributed_muzero.rllib.settings import METHODS, SECTIONS, SETTINGS, Given, layers
 
 if TYPE_CHECKING:
@@ -50,8 +52,11 @@ class MuZeroConfig(_Config):
         object.__setattr__(self, "_settings", {} if preset is None else {"preset": preset})
 
     def environment(self, env: Any = None, **settings: Any) -> Self:
-        """env: an id of this project's (`CartPole-v1`, `openspiel:connect_four`), or a name given to
-        `tune.register_env`.   env_config: its kwargs."""
+        """env: an id of this project's (`CartPole-v1`, `openspiel:connect_four`), a name given to `tune.register_env`,
+        or a class made with env_config, which is registered under its own name."""
+        if isinstance(env, type):
+            creator, env = env, f"{env.__module__}.{env.__qualname__}"
+            tune.register_env(env, creator)
         return self._set("environment", settings if env is None else {"env": env, **settings})
 
     def env_runners(self, **settings: Any) -> Self:
@@ -147,7 +152,10 @@ class MuZeroConfig(_Config):
         """What is asked for. Raises ConfigError."""
         self._check_chosen()
         preset = load_preset(self._settings["preset"]) if "preset" in self._settings else {}
-        sections, given = layers({**self._settings}, make_config(preset))
+        settings = {**self._settings}
+        if settings.get("env") in registered_names():
+            settings["env"] = f"rllib:{settings['env']}"
+        sections, given = layers(settings, make_config(preset))
         try:
             config = make_config(preset, sections)
         except ConfigError as error:

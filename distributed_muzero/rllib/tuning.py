@@ -197,6 +197,10 @@ class Watcher(Callback):
         self._copies: dict[str, int] = {}
         self.rows: list[dict[str, Any]] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune keeps its callbacks with the search; where it shows things stays here."""
+        return {**self.__dict__, "_show": None}
+
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:

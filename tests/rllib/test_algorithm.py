@@ -8,6 +8,7 @@ import sys
 import gymnasium
 import numpy as np
 import pytest
+from ray import tune
 
 from distributed_muzero.checkpoint import latest_checkpoint
 from distributed_muzero.errors import ConfigError, ContractError, EnvironmentFailure, RunError
@@ -169,6 +170,30 @@ def test_a_games_equal_seeds_play_equal_games(made):
     games = [made(small()) for _ in range(2)]
     one, other = ([algorithm.train()["env_runners"] for _ in range(2)] for algorithm in games)
     assert one == other
+
+
+class Pole(gymnasium.Wrapper):
+    """As RLlib's users write them: made with an env_config."""
+
+    def __init__(self, config):
+        super().__init__(gymnasium.make("CartPole-v1"))
+        self.steps = config.get("steps", 20)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        self.steps -= 1
+        return observation, reward, terminated, truncated or self.steps == 0, info
+
+    def reset(self, **options):
+        self.steps = 20
+        return super().reset(**options)
+
+
+def test_classes_and_registered_names_are_environments(made):
+    tune.register_env("short_pole", Pole)
+    for env in (Pole, "short_pole"):
+        algorithm = made(small().environment(env, env_config={"steps": 20}))
+        assert algorithm.train()["env_runners"]["episode_len_max"] <= 20
 
 
 def test_what_cannot_be_fails_when_it_is_built():
