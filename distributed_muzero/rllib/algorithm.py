@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +72,7 @@ class DistributedMuZero(Trainable):
         self._stack = ExitStack()
         self._turns: Turns | None = None
         self._book: Bookkeeper | None = None
+        self._builder = Builder(self._plan.config, NAME)
         self._evaluator: Evaluator | None = None
         self._is_over = False
         self._reported = Counts()
@@ -204,8 +204,7 @@ class DistributedMuZero(Trainable):
     def load_checkpoint(self, checkpoint_dir: Any) -> None:
         _check_saved(Path(checkpoint_dir))
         self._end()
-        if self._folder and self._storage:
-            shutil.rmtree(self._folder.path, ignore_errors=True)  # a trial's, which nobody looks for
+        self._forget_folder()
         path = Path(self.logdir) / self._new_name()
         copy_run(Path(checkpoint_dir) / RUN_FOLDER, path)
         for name in ("checkpoints", "replay", "tensorboard"):
@@ -262,10 +261,6 @@ class DistributedMuZero(Trainable):
             self._evaluator.load(saved)
         return self._evaluator
 
-    @cached_property
-    def _builder(self) -> Builder:
-        return Builder(self._plan.config, NAME)
-
     def _run_folder(self) -> RunFolder:
         if self._folder is None:
             self._folder = create_run(self.logdir, self._new_name(), self._plan.config)
@@ -285,8 +280,20 @@ class DistributedMuZero(Trainable):
         self._turns = self._book = self._evaluator = None
         self._is_over = False
 
+    def _forget_folder(self) -> None:
+        if self._folder and self._storage:
+            shutil.rmtree(self._folder.path, ignore_errors=True)  # a trial's, which nobody looks for
+        self._folder = None
+
     def cleanup(self) -> None:
         self._end()
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Another trial, or the same with other settings, in this process."""
+        self._end()
+        self._forget_folder()
+        self.setup(new_config)
+        return True
 
     # Tune --------------------------------------------------------------------------------------------------------
 

@@ -149,6 +149,7 @@ def search(
         param_space=lay(config.to_dict(), space),
         tune_config=tune.TuneConfig(
             num_samples=num_trials,
+            reuse_actors=True,
             scheduler=make_scheduler(scheduler, iterations, space),
             metric=METRIC,
             mode="max",

@@ -118,6 +118,7 @@ def test_with_pbt_a_trial_goes_on_from_anothers_weights(own_ray, tmp_path):
         param_space=config,
         tune_config=tune.TuneConfig(
             num_samples=2,
+            reuse_actors=True,
             scheduler=scheduler,
             metric="evaluation/env_runners/episode_return_mean",
             mode="max",
