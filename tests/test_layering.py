@@ -20,7 +20,7 @@ LEVELS = [
     {"replay", "matches"},
     {"workers"},
     {"cluster", "benchmarks"},
-    {"mathy"},
+    {"mathy", "rllib"},
     {"chaos"},
     {"cli"},
     {"__init__", "__main__"},
@@ -31,7 +31,10 @@ NEIGHBOURS = {
     ("config", "types"),
     ("observability", "run_folder"),
 }
-ONLY_IN = {"ray": {"cluster"}, "torch": {"algorithm", "networks", "workers", "benchmarks", "chaos", "mathy"}}
+ONLY_IN = {
+    "ray": {"cluster", "rllib"},
+    "torch": {"algorithm", "networks", "workers", "benchmarks", "chaos", "mathy", "rllib"},
+}
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 
@@ -105,5 +108,6 @@ def test_the_package_alone_loads_nothing_heavy():
     assert not {"torch", "ray", "numpy", "numba"} & loaded_by("import distributed_muzero")
 
 
-def test_workers_never_import_rllib():
-    assert not any("rllib" in name.split(".") for path in FILES for name in imports(path))
+def test_nothing_but_the_part_for_it_imports_rllib():
+    others = [path for path in FILES if part_of(path) != "rllib"]
+    assert not any(name.startswith("ray.rllib") for path in others for name in imports(path))

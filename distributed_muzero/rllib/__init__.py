@@ -1,0 +1,1 @@
+"""RLlib's side of this package: the only part that imports ray.rllib."""
