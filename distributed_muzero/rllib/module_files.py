@@ -3,7 +3,7 @@
     FOLDER/module.json              the settings, and which class reads them
     FOLDER/weights.safetensors      all weights by name
     FOLDER/metadata.json            RLlib's: versions
-    FOLDER/class_and_ctor_args.pkl  RLlib's, and a pickle: the class, spaces and settings, for `RLModule.from_checkpoint`
+    FOLDER/class_and_ctor_args.pkl  RLlib's, a pickle: class, spaces and settings, for `RLModule.from_checkpoint`
 
 Only RLlib's own `RLModule.from_checkpoint` unpickles; `MuZeroModule.from_checkpoint`, `rl_module_spec` and whatever
 restores weights into a module that is there read JSON and safetensors.
