@@ -37,6 +37,14 @@ class Piece(NamedTuple):
             return other.begin == self.begin + len(self.actions)
         return _same(self.observations[-1], other.observations[0])
 
+    def holds(self, other: Piece) -> bool:
+        """Whether the other one's steps are known to be among these."""
+        if self.begin is None or other.begin is None:
+            return False
+        return (
+            self.begin <= other.begin and len(other.actions) + other.begin <= len(self.actions) + self.begin
+        )
+
     def begins_like(self, other: Piece) -> bool:
         """Whether the other one begins with the same step."""
         return self.begin == other.begin and _same(self.observations[0], other.observations[0])

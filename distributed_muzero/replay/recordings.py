@@ -78,6 +78,8 @@ def _joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
         before = unfinished.pop(piece.game, None)
         if before is not None and before.goes_on_with(piece):
             piece = before.joined(piece)
+        elif before is not None and before.holds(piece):
+            piece = before
         elif before is not None and not before.begins_like(piece):
             yield before
         if piece.is_over:
