@@ -15,7 +15,7 @@ from distributed_muzero.errors import CheckpointError
 from distributed_muzero.networks.flat import FlatWeights
 from distributed_muzero.rllib.module import MuZeroModule
 from distributed_muzero.rllib.module_files import SETTINGS, model_config, read_settings
-from distributed_muzero.rllib.settings import settings_of
+from distributed_muzero.rllib.module_settings import settings_of
 from distributed_muzero.run_folder import RunFolder
 from distributed_muzero.workers.builder import Builder
 from distributed_muzero.workers.runs import open_to_read

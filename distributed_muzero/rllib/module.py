@@ -21,7 +21,7 @@ from distributed_muzero.environments.gymnasium import code_observations
 from distributed_muzero.errors import ConfigError, ContractError
 from distributed_muzero.networks.inference import SearchModel, make_search_model
 from distributed_muzero.rllib.module_files import SETTINGS, ModuleFiles
-from distributed_muzero.rllib.settings import ModuleSettings
+from distributed_muzero.rllib.module_settings import ModuleSettings
 
 OBSERVATIONS, MASK = (
     "observations",

@@ -26,7 +26,7 @@ from ray.rllib.utils.numpy import convert_to_numpy
 from ray.rllib.utils.serialization import gym_space_from_dict, gym_space_to_dict
 
 from distributed_muzero.errors import CheckpointError
-from distributed_muzero.rllib.settings import ModuleSettings
+from distributed_muzero.rllib.module_settings import ModuleSettings
 
 SETTINGS = "muzero"  # in model_config
 SETTINGS_FILE, WEIGHTS_FILE = "module.json", "weights.safetensors"
