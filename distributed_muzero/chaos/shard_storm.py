@@ -449,7 +449,7 @@ def _flip(payload: bytes, rng: np.random.Generator, must_decode: bool) -> bytes 
 
 def _has_same_form(payload: bytes, flipped: bytes) -> bool:
     try:
-        schema._unpack(flipped, schema.EPISODES).validate(full=True)
+        schema._unpack(flipped, schema.EPISODES, schema.SPARSE_EPISODES).validate(full=True)
         return _forms(flipped) == _forms(payload)
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError):
         return False
