@@ -182,13 +182,17 @@ class DistributedMuZero(Trainable):
         self._iteration, self._time_total = state["training_iteration"], state["time_total_s"]
 
     @classmethod
-    def from_checkpoint(cls, path: Any) -> DistributedMuZero:
-        """An algorithm with the settings that were saved, which goes on where it stood. Raises RunError."""
+    def from_checkpoint(cls, path: Any, settings: Mapping[str, Any] | None = None) -> DistributedMuZero:
+        """An algorithm with the settings that were saved, which goes on where it stood.
+
+        settings: over those. Raises RunError and ConfigError.
+        """
         if isinstance(path, tune.Checkpoint):
             with path.as_directory() as folder:
-                return cls.from_checkpoint(folder)
+                return cls.from_checkpoint(folder, settings)
         _check_saved(Path(path))
-        algorithm = cls(MuZeroConfig.from_yaml((Path(path) / SETTINGS_FILE).read_text()))
+        config = MuZeroConfig.from_yaml((Path(path) / SETTINGS_FILE).read_text())
+        algorithm = cls(config.update_from_dict(settings or {}))
         algorithm.restore_from_path(path)
         return algorithm
 
