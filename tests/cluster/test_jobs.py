@@ -231,6 +231,7 @@ class TestALifeFromOutside:
         assert "isn't going on: it has stopped" in cluster.outside("stop", "life", expect=2).stderr
         assert "isn't going on" in cluster.inside("scale", "life", "--actors", 2, expect=2).stderr
 
+    @pytest.mark.long
     def test_a_stopped_run_is_resumed_with_other_shards_and_rays_own_stop_writes_a_checkpoint(self, cluster):
         folder = cluster.runs_dir / "life"
         before = cluster.status("life")

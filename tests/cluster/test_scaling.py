@@ -9,6 +9,7 @@ from tests.cluster.nodes import CHAIN, SLOW_CHAIN, connected_nodes, run_in, unan
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
+@pytest.mark.long
 def test_it_grows_to_eight_as_nodes_come_and_shrinks_to_two_without_losing_a_game(tmp_path):
     with connected_nodes(3) as nodes, run_in(nodes, tmp_path, *CHAIN, "--actors", 1) as run:
         run.ask(num_actors=8)

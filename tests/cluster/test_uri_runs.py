@@ -39,6 +39,7 @@ def held_ids(replay: Path) -> list[list[str]]:
     return ids
 
 
+@pytest.mark.long
 def test_killed_with_its_machine_a_run_goes_on_elsewhere_from_its_last_copy(s3, tmp_path, monkeypatch):
     monkeypatch.setenv("DISTRIBUTED_MUZERO_STATE_DIR", str(tmp_path / "a"))
     forever = ("--set", "run.max_train_steps=null", "--max-minutes", 3)

@@ -55,6 +55,7 @@ def test_it_trains_waits_saves_goes_on_and_leaves_ray_as_it_was(own_ray, tmp_pat
     other.stop()
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_from_outside_is_over(own_ray):
     algorithm = small().build_algo()
     algorithm.train()
