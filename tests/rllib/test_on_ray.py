@@ -1,9 +1,11 @@
 """DistributedMuZero with processes of its own."""
 
+import threading
 import time
 
 import pytest
 import ray
+from ray import tune
 
 from distributed_muzero.cluster.run_control import NAMESPACE
 from distributed_muzero.errors import RunIsOver
@@ -66,4 +68,34 @@ def test_a_run_that_is_stopped_from_outside_is_over(own_ray):
     with pytest.raises(RunIsOver, match="the run was stopped"):
         algorithm.train()
     algorithm.stop()
+    wait_for("all to be gone", lambda: alive() == ([], 0))
+
+
+@pytest.mark.long
+def test_actors_of_a_trial_grow_past_its_placement_group(own_ray, tmp_path):
+    live = []
+
+    def scale():
+        [name] = wait_for("the trial's run", lambda: alive()[0])
+        control = ray.get_actor(name, namespace=NAMESPACE)
+        ray.get(control.set_desired.remote(num_actors=2))
+
+        def status():
+            return ray.get(control.get_status.remote()).get("actors", {})
+
+        live.append(wait_for("two actors at work", lambda: status().get("live") == 2))
+
+    thread = threading.Thread(target=scale, daemon=True)
+    thread.start()
+    results = tune.Tuner(
+        "DistributedMuZero",
+        param_space=small().env_runners(num_env_runners=1),
+        run_config=tune.RunConfig(
+            storage_path=str(tmp_path),
+            stop=lambda _, result: bool(live) or result["training_iteration"] >= 200,
+            verbose=0,
+        ),
+    ).fit()
+    thread.join(timeout=10)
+    assert not results.errors and live
     wait_for("all to be gone", lambda: alive() == ([], 0))
