@@ -144,6 +144,7 @@ def test_a_store_that_does_not_answer_when_a_run_begins_is_told(object_store, s3
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_who_takes_a_run_over_ends_it_elsewhere_but_not_by_mistake(there, on_machine):
     with started("train", *DEBUG, "--name", "r", *FOREVER) as process:
         status = Path(there[7:], "r/status.json")

@@ -257,6 +257,7 @@ class Terminal:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_trains_is_watched_left_and_watched_to_its_end(tmp_path):
     limits = ("--set", "run.max_train_steps=null", "--max-minutes", 3)
     with started(

@@ -305,6 +305,7 @@ class TestALifeFromOutside:
         assert [process.returncode for process in asking] == [0, 0, 0]
         assert {json.loads(answer)["shards"] for answer in answers} == {2}
 
+    @pytest.mark.long
     def test_a_stop_at_once_ends_all_without_a_checkpoint(self, cluster):
         cluster.outside(
             "submit", "--preset", "debug", "--name", "haste", *FOREVER, "--set", "learner.checkpoint_seconds=1000",

@@ -15,6 +15,7 @@ NUM_KILLS = 10
 REPLACED_SECONDS = 15.0
 
 
+@pytest.mark.long
 def test_actors_of_a_lost_node_wait_for_another_and_the_learner_goes_on(tmp_path):
     with connected_nodes(3) as nodes, run_in(nodes, tmp_path, *SLOW_CHAIN, *LOOSE, "--actors", 3) as run:
         (node,) = nodes.cluster.worker_nodes

@@ -42,6 +42,7 @@ def test_a_creator_reaches_every_process_of_the_job():
     assert "'never' isn't registered" in never["error"] and "(registered: early, late)" in never["error"]
 
 
+@pytest.mark.long
 def test_a_script_registers_an_environment_and_trains_on_it(tmp_path):
     run_script("train_script", *SHORT, "--runs-dir", str(tmp_path))
     assert status(tmp_path / "r")["state"] == "finished"

@@ -79,6 +79,7 @@ def test_a_space_of_what_cannot_be_is_refused(name, domain, message):
 
 @pytest.mark.cluster
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_search_stops_what_falls_behind_and_makes_the_best_one_a_run(tmp_path):
     space = written(tmp_path, "lr: {loguniform: [1.0e-3, 1.0e-2]}\nsearch.num_simulations: {choice: [2, 4]}")
     done = run(
