@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -18,16 +17,18 @@ import tempfile
 import time
 from pathlib import Path
 
+END_SECONDS = 3.0
 WARM_SECONDS = 15.0  # after the first learner step, before which rates don't count
 FACE = """
-import sys, time
+import shutil, sys, time
 from distributed_muzero.rllib import MuZeroConfig
 algorithm = MuZeroConfig("cartpole").debugging(seed=int(sys.argv[1])).build_algo()
-print(algorithm.logdir, flush=True)
 end = time.monotonic() + float(sys.argv[2])
 while time.monotonic() < end:
     algorithm.train()
 algorithm.stop()
+shutil.copytree(algorithm.logdir, sys.argv[3], dirs_exist_ok=True)
+shutil.rmtree(algorithm.logdir)
 """
 
 
@@ -74,27 +75,22 @@ def by_command(folder: Path, seed: int, seconds: float) -> tuple[float, float]:
         check=True,
         capture_output=True,
     )  # fmt: skip
-    return figures_of(folder / "r", began)
+    return figures_of(folder / "r", began, seconds)
 
 
-def by_face(seed: int, seconds: float) -> tuple[float, float]:
+def by_face(folder: Path, seed: int, seconds: float) -> tuple[float, float]:
     began = time.time()
-    done = subprocess.run(
-        [sys.executable, "-c", FACE, str(seed), str(seconds)],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "RAY_DEDUP_LOGS": "0"},
+    subprocess.run(
+        [sys.executable, "-c", FACE, str(seed), str(seconds), str(folder)], check=True, capture_output=True
     )
-    logdir = Path(next(line for line in done.stdout.splitlines() if os.path.isdir(line)))
-    [run] = [path.parent for path in logdir.glob("*/metrics.jsonl")]
-    return figures_of(run, began)
+    [run] = [path.parent for path in folder.glob("*/metrics.jsonl")]
+    return figures_of(run, began, seconds)
 
 
-def figures_of(run: Path, began: float) -> tuple[float, float]:
+def figures_of(run: Path, began: float, seconds: float) -> tuple[float, float]:
     """Environment steps a second once it learns, and seconds from the command to the first step.
 
-    began: seconds since 1970.
+    began: seconds since 1970.   seconds: of the training; what a run does at its end doesn't count.
     """
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     launched = run.joinpath("metrics.jsonl").stat().st_mtime - lines[-1]["time/seconds"]

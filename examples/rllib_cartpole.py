@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import subprocess
+import sys
+from pathlib import Path
 
-from distributed_muzero.rllib import DistributedMuZero, MuZeroConfig
+from distributed_muzero.rllib import MuZeroConfig
 
 THRESHOLD = 350
 
@@ -47,27 +50,25 @@ def train(seed: int, goal: float, seconds: float, num_env_runners: int) -> None:
                 first = steps
             if reached >= goal or result["time_total_s"] >= seconds:
                 break
-        saved = algorithm.save_to_path()
+        algorithm.save_to_path()
     finally:
         algorithm.stop()
-    played = evaluate(saved, seed)
     print(
         f"seed {seed}: {reached:.1f} after {result['time_total_s']:.0f} s, {steps} environment steps, "
-        f"{result['num_grad_updates_lifetime']} learner steps ({THRESHOLD} by step {first:.0f}); "
-        f"50 other games: {played['episode_return_mean']:.1f} "
-        f"({played['episode_return_min']:.0f} to {played['episode_return_max']:.0f})",
+        f"{result['num_grad_updates_lifetime']} learner steps ({THRESHOLD} by step {first:.0f})",
         flush=True,
     )
-
-
-def evaluate(saved: str, seed: int) -> dict[str, float]:
-    """50 games with starts of their own."""
-    settings = {"evaluation_duration": 50, "seed": 10_000 + seed}
-    algorithm = DistributedMuZero.from_checkpoint(saved, settings)
-    try:
-        return algorithm.evaluate()["env_runners"]
-    finally:
-        algorithm.stop()
+    [run] = Path(algorithm.logdir).glob("*/checkpoints")
+    evaluate = [
+        sys.executable,
+        "-m",
+        "distributed_muzero",
+        "evaluate",
+        str(run.parent),
+        "--checkpoint",
+        "latest",
+    ]
+    subprocess.run([*evaluate, "--episodes", "50", "--seed", str(10_000 + seed)], check=True)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from distributed_muzero.cli.tune_view import TrialsTable, print_trials, shown
 from distributed_muzero.config import parse_overrides
 from distributed_muzero.errors import ConfigError, RunError
 from distributed_muzero.mirror.uri import is_uri
-from distributed_muzero.run_folder import check_name
+from distributed_muzero.run_folder import check_name, open_run
 from distributed_muzero.workers.snapshot import copy_run
 
 TRIALS_FOLDER = ".tune"  # in the runs folder
-RUN_FOLDER = "run"  # in a trial's checkpoint
+FINAL_STREAM = 2 * 10**12  # of games that no trial was chosen by
 
 
 class Scheduler(StrEnum):
@@ -64,9 +64,9 @@ def tune(
         raise ConfigError(f"--runs-dir {runs_dir}: a search keeps its trials in a folder, not at a URI")
     # Trials find what this command was given where it was given.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    from distributed_muzero.cluster.session import ray_session
-    from distributed_muzero.rllib.algorithm import DistributedMuZero
-    from distributed_muzero.rllib.config import MuZeroConfig
+    from distributed_muzero.cli.evaluate import evaluate_run, print_result
+    from distributed_muzero.cluster.session import num_cpus, ray_session
+    from distributed_muzero.rllib.algorithm import RUN_FOLDER, MuZeroConfig
     from distributed_muzero.rllib.tuning import Watcher, check_space, read_space, search
     from distributed_muzero.workers.launching import check_parts
 
@@ -75,28 +75,23 @@ def tune(
     config.env_runners(num_env_runners=actors).debugging(seed=seed)
     config.reporting(min_time_s_per_iteration=iteration_seconds)
     config.evaluation(evaluation_interval=1, evaluation_duration=episodes)
-    check_space(config, domains, seed)
-    check_parts(config.plan().config)
+    check_space(config, domains, scheduler)
+    plan = config.plan()
+    check_parts(plan.config)
     chosen_name = name or f"tune-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     check_name(chosen_name)
     target, folder = Path(runs_dir) / chosen_name, Path(runs_dir) / TRIALS_FOLDER
     if target.exists() or (folder / chosen_name).exists():
         raise RunError(f"{chosen_name} exists already in {runs_dir}; choose another --name")
-    with ray_session(os.cpu_count() or 1), TrialsTable(list(domains)) as table:
+    with ray_session(1 + num_cpus(plan.config) if actors else 1), TrialsTable(list(domains)) as table:
         watcher = Watcher(list(domains), table.show)
         best = search(config, domains, trials, scheduler, iterations, chosen_name, folder, seed, watcher)
     with best.checkpoint.as_directory() as saved:
         copy_run(Path(saved) / RUN_FOLDER, target)
-        algorithm = DistributedMuZero.from_checkpoint(saved)
-    try:
-        played = algorithm.evaluate()["env_runners"]
-    finally:
-        algorithm.stop()
     print_trials(watcher.rows)
     chosen = ", ".join(f"{key} {shown(value)}" for key, value in best.chosen.items())
-    print(f"best: trial {best.trial} with {chosen}: {best.score:.1f} in its last evaluation")
     print(
-        f"restored: mean return {played['episode_return_mean']:.1f} in {played['num_episodes']} games "
-        f"({played['episode_return_min']:.1f} to {played['episode_return_max']:.1f})"
+        f"best: trial {best.trial} with {chosen}: {best.score:.1f} in the evaluation by which it was chosen"
     )
+    print_result(evaluate_run(open_run(target), (seed, FINAL_STREAM)))
     print(f"run: {target}    trials: {folder / chosen_name}")

@@ -48,7 +48,9 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The best first."""
     table = Table()
     for name in rows[0] if rows else ():
-        table.add_column(name, justify="left" if name in ("trial", "state") else "right")
+        table.add_column(
+            name, justify="left" if name in ("trial", "state") else "right", no_wrap=name == "trial"
+        )
     ranked = sorted(rows, key=lambda row: (row["evaluation"] is None, -(row["evaluation"] or 0.0)))
     for row in ranked[:MAX_ROWS]:
         table.add_row(*(shown(value) for value in row.values()))

@@ -69,7 +69,7 @@ class Makers:
 
     def _actor(self, index: int) -> Any:
         # Where the run lives in a placement group, there is room in it for so many; others find theirs elsewhere.
-        is_extra = index >= self.config.actor.num_actors
+        is_extra = index >= max(self.config.actor.num_actors, *(self.config.actor.autoscale or (0,)))
         options = {"scheduling_strategy": "DEFAULT"} if is_extra else {}
         return ActorWorker.options(**options).remote(
             self.config,

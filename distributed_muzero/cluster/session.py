@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,8 +43,9 @@ def turns(
                     if ending := (yield from driver.turns()):
                         return ending
                 finally:
-                    driver.kill_all()  # Ray may go on without the run
                     control = driver.control.handle
+                    if ray.is_initialized():  # and may go on without the run
+                        driver.kill_all()
                 # The number that was chosen goes on, where one was.
                 desired = driver.desired._replace(num_actors=driver.autoscaler.num_actors)
                 desired = change_shards(book, desired, control)
@@ -51,7 +53,8 @@ def turns(
                 if stop_requested():
                     return STOPPED
         finally:
-            ray.kill(control)
+            if ray.is_initialized():
+                ray.kill(control)
 
 
 def change_shards(book: Bookkeeper, desired: Desired, control: Any) -> Desired:
@@ -100,8 +103,9 @@ def ray_session(num_cpus: int, **options: object) -> Iterator[None]:
         options = {"num_cpus": max(os.cpu_count() or 1, num_cpus), "include_dashboard": False, **options}
     before = signal.getsignal(signal.SIGTERM)
     connect(address or "local", **options)
-    signal.signal(signal.SIGTERM, before)  # ray.init puts its own handler there, which exits at once
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # ray.init puts its own handler there, which exits at once
         yield
     finally:
         ray.shutdown()

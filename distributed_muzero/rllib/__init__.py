@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 _PLACES = {
-    "MuZeroConfig": "distributed_muzero.rllib.config",
+    "MuZeroConfig": "distributed_muzero.rllib.algorithm",  # which tells Tune its name, too
     "DistributedMuZero": "distributed_muzero.rllib.algorithm",
     "register_with_rllib": "distributed_muzero.rllib.to_rllib",
 }

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import shutil
 import tempfile
 import time
 import uuid
+import weakref
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 from ray import tune
 from ray.tune import Trainable
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 
 from distributed_muzero import checkpoint
-from distributed_muzero.cluster.session import num_cpus
+from distributed_muzero.cluster.session import num_cpus, ray_session
 from distributed_muzero.cluster.session import turns as play_on_ray
-from distributed_muzero.errors import ContractError, RunError, RunIsOver
+from distributed_muzero.errors import ConfigError, ContractError, RunError, RunIsOver
 from distributed_muzero.files import to_json, write_atomically
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.rllib.config import MuZeroConfig
+from distributed_muzero.rllib.registered import register_again
 from distributed_muzero.rllib.results import Counts, of_episodes, result
 from distributed_muzero.run_folder import RunFolder, create_run, open_run
 from distributed_muzero.workers.bookkeeper import Bookkeeper
@@ -49,7 +53,7 @@ class Logged(Progress):
         pass
 
     def message(self, text: str) -> None:
-        logger.info(text)
+        logger.warning(text)
 
 
 class DistributedMuZero(Trainable):
@@ -70,12 +74,15 @@ class DistributedMuZero(Trainable):
         check_parts(self._plan.config)
         self._folder: RunFolder | None = None
         self._stack = ExitStack()
+        self._ray = ExitStack()
         self._turns: Turns | None = None
         self._book: Bookkeeper | None = None
         self._builder = Builder(self._plan.config, NAME)
         self._evaluator: Evaluator | None = None
         self._is_over = False
         self._reported = Counts()
+        self._seconds = 0.0  # in turns
+        self.algorithm_config.to_yaml()  # raises for what couldn't be saved later
         self._rng = np.random.default_rng(self._plan.config.run.seed)
 
     # One iteration -----------------------------------------------------------------------------------------------
@@ -91,7 +98,7 @@ class DistributedMuZero(Trainable):
             or book.state.env_steps - before.env_steps < given.min_env_steps
         ):
             is_over = not self._take_turn()
-        now = self._reported = Counts.of(book.state, before.seconds + time.monotonic() - began)
+        now = self._reported = Counts.of(book.state, self._seconds)
         found = result(book.state, now, before, book.config.learner.batch_size, book.status)
         if given.evaluation_interval and (self.iteration + 1) % given.evaluation_interval == 0:
             found["evaluation"] = self.evaluate()
@@ -130,7 +137,9 @@ class DistributedMuZero(Trainable):
         config, spec = self._plan.config, self._builder.spec
         seen = as_array(observation).astype(spec.observation_dtype, copy=False)
         shape = (config.environment.history_length, *spec.observation_shape)
-        if seen.size != np.prod(shape):
+        if seen.shape == spec.observation_shape:  # what was before is zeros, as when a game begins
+            seen = np.concatenate([np.zeros((shape[0] - 1, *seen.shape), seen.dtype), seen[None]])
+        if seen.shape != shape:
             raise ContractError(
                 f"an observation of shape {seen.shape} came; expected {spec.observation_shape}, or {shape} with those "
                 "before it, as the environment's `spec` says"
@@ -142,7 +151,7 @@ class DistributedMuZero(Trainable):
         assert model is not None
         plan = plan_batch(
             model,
-            seen.reshape(1, *shape),
+            seen[None],
             legal_mask(mask)[None],
             config.search,
             config.algorithm.discount * (-1 if spec.num_players == 2 else 1),
@@ -182,37 +191,36 @@ class DistributedMuZero(Trainable):
         self._iteration, self._time_total = state["training_iteration"], state["time_total_s"]
 
     @classmethod
-    def from_checkpoint(cls, path: Any, settings: Mapping[str, Any] | None = None) -> DistributedMuZero:
-        """An algorithm with the settings that were saved, which goes on where it stood.
-
-        settings: over those. Raises RunError and ConfigError.
-        """
+    def from_checkpoint(cls, path: Any) -> DistributedMuZero:
+        """An algorithm with the settings that were saved, which goes on where it stood. Raises RunError."""
         if isinstance(path, tune.Checkpoint):
             with path.as_directory() as folder:
-                return cls.from_checkpoint(folder, settings)
+                return cls.from_checkpoint(folder)
         _check_saved(Path(path))
-        config = MuZeroConfig.from_yaml((Path(path) / SETTINGS_FILE).read_text())
-        algorithm = cls(config.update_from_dict(settings or {}))
+        algorithm = cls(MuZeroConfig.from_yaml((Path(path) / SETTINGS_FILE).read_text()))
         algorithm.restore_from_path(path)
         return algorithm
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         folder = Path(checkpoint_dir)
+        settings = self.algorithm_config.to_yaml()
         self._saved()
         left_out = NOT_SAVED if self._plan.given.store_buffer else (*NOT_SAVED, "replay")
         copy_run(self._run_folder().path, folder / RUN_FOLDER, left_out)
         state = {"training_iteration": self.iteration, "time_total_s": self._time_total}
         write_atomically(folder / STATE_FILE, to_json(state))
-        write_atomically(folder / SETTINGS_FILE, self.algorithm_config.to_yaml().encode())
+        write_atomically(folder / SETTINGS_FILE, settings.encode())
 
     def load_checkpoint(self, checkpoint_dir: Any) -> None:
         _check_saved(Path(checkpoint_dir))
-        self._end()
-        self._forget_folder()
+        saved = Path(checkpoint_dir) / RUN_FOLDER
+        open_run(str(saved)).with_config(self._plan.config)  # raises before anything is changed
         path = Path(self.logdir) / self._new_name()
-        copy_run(Path(checkpoint_dir) / RUN_FOLDER, path)
+        copy_run(saved, path)
         for name in ("checkpoints", "replay", "tensorboard"):
             (path / name).mkdir(exist_ok=True)
+        self._end()
+        self._forget_folder()
         self._folder = open_run(str(path)).with_config(self._plan.config)
 
     # The run -----------------------------------------------------------------------------------------------------
@@ -221,6 +229,10 @@ class DistributedMuZero(Trainable):
         """The book of the launch, which starts with the first call. Raises RunIsOver after a stop."""
         if self._turns is None:
             folder = self._run_folder()
+            _going_on.add(self)
+            if not self._plan.in_process and not ray.is_initialized():
+                self._ray.enter_context(ray_session(num_cpus(self._plan.config)))
+                register_again()
             self._stack.enter_context(folder.locked())
             loop: Loop = _play_here if self._plan.in_process else play_on_ray
             self._turns = launch(
@@ -230,21 +242,27 @@ class DistributedMuZero(Trainable):
                 loop,
                 Logged(),
                 lambda: False,
-                self._plan.datasets,
+                self._plan.given.datasets,
             )
-            self._book = next(self._turns)
-            self._reported = Counts.of(self._book.state, 0.0)
+            self._take_turn()
+            assert self._book is not None
+            self._reported = Counts.of(self._book.state, self._seconds)
         if self._is_over or self._book is None:
             raise RunIsOver("the run was stopped; restore it from a checkpoint, or build another")
         return self._book
 
     def _take_turn(self) -> bool:
-        """False if the run is over."""
+        """False if the run is over. What is raised in it ends the launch; the next one goes on from what was saved."""
         assert self._turns is not None
+        began = time.monotonic()
         try:
             self._book = next(self._turns)
         except StopIteration:
             self._is_over = True
+        except BaseException:
+            self._end()
+            raise
+        self._seconds += time.monotonic() - began
         return not self._is_over
 
     def _saved(self) -> checkpoint.Checkpoint | None:
@@ -276,13 +294,18 @@ class DistributedMuZero(Trainable):
 
     def _end(self) -> None:
         """At once: what was learnt since the last checkpoint is lost."""
-        if self._turns is not None:
-            self._turns.close()
-        if self._evaluator is not None:
-            self._evaluator.close()
-        self._stack.close()
-        self._turns = self._book = self._evaluator = None
+        turns, evaluator, self._turns, self._book, self._evaluator = (
+            self._turns,
+            self._evaluator,
+            None,
+            None,
+            None,
+        )
         self._is_over = False
+        _going_on.discard(self)
+        with self._stack:  # closed last, whatever happens
+            self._stack.callback(turns.close if turns is not None else nothing)
+            self._stack.callback(evaluator.close if evaluator is not None else nothing)
 
     def _forget_folder(self) -> None:
         if self._folder and self._storage:
@@ -290,12 +313,13 @@ class DistributedMuZero(Trainable):
         self._folder = None
 
     def cleanup(self) -> None:
-        self._end()
+        with self._ray:
+            self._end()
+            self._forget_folder()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Another trial, or the same with other settings, in this process."""
-        self._end()
-        self._forget_folder()
+        self.cleanup()
         self.setup(new_config)
         return True
 
@@ -305,11 +329,18 @@ class DistributedMuZero(Trainable):
     def default_resource_request(cls, config: Mapping[str, Any]) -> PlacementGroupFactory:
         """A CPU for the trial with its learner and replay, one for each actor and reanalyser; the learner's GPUs."""
         plan = MuZeroConfig.from_dict(config).plan()
-        learner = plan.config.learner
+        wanted, learner = plan.config, plan.config.learner
+        if learner.device == "auto" or wanted.reanalyse.device != "cpu":
+            raise ConfigError(
+                f"learner.device {learner.device}, reanalyse.device {wanted.reanalyse.device}: Tune has to know what a "
+                "trial asks for; expected cpu or cuda for the learner (num_gpus_per_learner), and cpu to reanalyse"
+            )
         gpus: dict[str, float] = {"GPU": learner.num_devices} if learner.device == "cuda" else {}
         if plan.in_process:
             return PlacementGroupFactory([{"CPU": 1, **gpus}])
-        bundles: list[dict[str, float]] = [{"CPU": 1} for _ in range(1 + num_cpus(plan.config))]
+        # Spread shards are placed by themselves.
+        number = num_cpus(wanted) - (wanted.replay.num_shards if wanted.replay.spread_shards else 0)
+        bundles: list[dict[str, float]] = [{"CPU": 1} for _ in range(1 + number)]
         return PlacementGroupFactory([*bundles, gpus] if gpus else bundles)
 
 
@@ -337,6 +368,20 @@ def _read_state(path: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"can't read {path / STATE_FILE}: {error}") from None
+
+
+def nothing() -> None:
+    pass
+
+
+_going_on: weakref.WeakSet[DistributedMuZero] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Of a script that ends without `stop()`: before the threads are gone that the runs' records need."""
+    for algorithm in list(_going_on):
+        algorithm.stop()
 
 
 tune.register_trainable(NAME, DistributedMuZero)

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import yaml
 from ray import tune
 from ray.tune.search.sample import Domain
@@ -27,9 +28,12 @@ class Plan(NamedTuple):
     """What a MuZeroConfig asks for."""
 
     config: Config
-    in_process: bool  # one process plays and learns: there are no env runners
-    datasets: tuple[str, ...]
     given: Given  # what is the face's own
+
+    @property
+    def in_process(self) -> bool:
+        """Whether one process plays and learns: there are no env runners."""
+        return self.given.num_env_runners == 0
 
 
 class MuZeroConfig(_Config):
@@ -152,7 +156,7 @@ class MuZeroConfig(_Config):
         """What is asked for. Raises ConfigError."""
         self._check_chosen()
         preset = load_preset(self._settings["preset"]) if "preset" in self._settings else {}
-        settings = {**self._settings}
+        settings = _plain(self._settings)
         if settings.get("env") in registered_names():
             settings["env"] = f"rllib:{settings['env']}"
         sections, given = layers(settings, make_config(preset))
@@ -160,7 +164,7 @@ class MuZeroConfig(_Config):
             config = make_config(preset, sections)
         except ConfigError as error:
             raise ConfigError(_in_known_names(str(error))) from None
-        return Plan(config, given.num_env_runners == 0, given.datasets, given)
+        return Plan(config, given)
 
     def _check_chosen(self) -> None:
         for path, value in _leaves(self._settings):
@@ -224,7 +228,9 @@ def _leaves(values: Mapping[str, Any], path: str = "") -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """With lists in place of tuples, which YAML would tag."""
+    """With lists in place of tuples, which YAML would tag, and plain numbers in place of numpy's."""
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -43,9 +43,19 @@ def find_creator(name: str) -> Creator | None:
         ) from error
 
 
+def register_again() -> None:
+    """Tells this job's other processes what this one has found; Tune forgets it with each Ray that ends."""
+    prefix = _prefix()
+    if prefix is not None:
+        from ray.experimental import internal_kv
+
+        for name, pickled in _found.items():
+            internal_kv._internal_kv_put(prefix + name.encode(), pickled)
+
+
 def registered_names() -> list[str]:
     """Sorted; those of this process and of its Ray job."""
-    names = set(_here())
+    names = {*_here(), *_found}
     if prefix := _prefix():
         from ray.experimental import internal_kv
 

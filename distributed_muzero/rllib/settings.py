@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from distributed_muzero.config import Config
@@ -110,6 +111,7 @@ def layers(settings: Mapping[str, Any], base: Config) -> tuple[dict[str, dict[st
     base: what they are laid on. Raises ConfigError.
     """
     given = _given(settings)
+    _check_said_once(settings)
     sections: dict[str, dict[str, Any]] = {name: dict(settings.get(name, {})) for name in SECTIONS}
     # How long it goes on is the caller's to say, or Tune's.
     nothing = dict.fromkeys(("max_env_steps", "max_train_steps", "max_minutes", "stop_at_return"))
@@ -136,18 +138,38 @@ def layers(settings: Mapping[str, Any], base: Config) -> tuple[dict[str, dict[st
     return sections, given
 
 
+BEHIND = {
+    "num_env_runners": "actor.num_actors",
+    "lr": "learner.learning_rate",
+    "train_batch_size_per_learner": "learner.batch_size",
+    "num_learners": "learner.num_devices",
+    "num_gpus_per_learner": "learner.device",
+    **{f"replay_buffer_config {name}": f"replay.{key}" for name, key in REPLAY_NAMES.items()},
+}  # what stands behind names that are not one key's alone
+
+
+def _check_said_once(settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a name and the key behind it are both set: one of them would count for nothing."""
+    keys = {name: setting.key for name, setting in SETTINGS.items() if setting.key is not None}
+    for name, path in {**keys, **BEHIND}.items():
+        section, _, key = path.partition(".")
+        first, _, inner = name.partition(" ")
+        is_named = inner in settings.get(first, {}) if inner else name in settings
+        if is_named and key in settings.get(section, {}):
+            raise ConfigError(f"{name} and {path} are both set, and are the same: leave one of them out")
+
+
 def _lay_learner(settings: Mapping[str, Any], base: Config, learner: dict[str, Any]) -> None:
     if "lr" in settings:
         lr = _number("lr", settings["lr"], 0, more=True)
         share = base.learner.final_learning_rate / base.learner.learning_rate
         learner["learning_rate"] = lr
         learner.setdefault("final_learning_rate", lr * share)
-    num_learners = max(_whole("num_learners", settings.get("num_learners", 0)), 1)
     if "num_learners" in settings:
-        learner["num_devices"] = num_learners
+        learner["num_devices"] = max(_whole("num_learners", settings["num_learners"]), 1)
     if "train_batch_size_per_learner" in settings:
         rows = _whole("train_batch_size_per_learner", settings["train_batch_size_per_learner"], 1)
-        learner["batch_size"] = rows * num_learners
+        learner["batch_size"] = rows * learner.get("num_devices", base.learner.num_devices)
     num_gpus = settings.get("num_gpus_per_learner", 0)
     if num_gpus not in (0, 1):
         raise ConfigError(f"num_gpus_per_learner={num_gpus!r}: expected 0 or 1")
@@ -158,12 +180,17 @@ def _given(settings: Mapping[str, Any]) -> Given:
     unit = settings.get("evaluation_duration_unit", "episodes")
     if unit != "episodes":
         raise ConfigError(f"evaluation_duration_unit={unit!r}: expected 'episodes'")
-    paths = settings.get("input_", ())
+    paths = settings.get("input_") or ()
+    stored = settings.get("store_buffer_in_checkpoints", True)
+    if not isinstance(stored, bool):
+        raise ConfigError(f"store_buffer_in_checkpoints={stored!r}: expected True or False")
+    if not isinstance(settings.get("replay_buffer_config", {}), Mapping):
+        raise ConfigError(f"replay_buffer_config={settings['replay_buffer_config']!r}: expected a dictionary")
     num_runners, interval = settings.get("num_env_runners"), settings.get("evaluation_interval")
     given = Given(
         None if num_runners is None else _whole("num_env_runners", num_runners),
-        (paths,) if isinstance(paths, str) else tuple(map(str, paths)),
-        settings.get("store_buffer_in_checkpoints", True),
+        (str(paths),) if isinstance(paths, (str, Path)) else tuple(map(str, paths)),
+        stored,
         None if interval is None else _whole("evaluation_interval", interval, 1),
         _number("min_time_s_per_iteration", settings.get("min_time_s_per_iteration", 5.0), 0),
         _whole("min_sample_timesteps_per_iteration", settings.get("min_sample_timesteps_per_iteration", 0)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import yaml
@@ -12,17 +13,19 @@ from ray import tune
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
-from ray.tune.search.sample import Domain
+from ray.tune.search.sample import Categorical, Domain, Float, Integer
 
 from distributed_muzero.config import with_numbers
 from distributed_muzero.errors import ConfigError, RunError, first_line
 from distributed_muzero.rllib.algorithm import NAME
 from distributed_muzero.rllib.config import MuZeroConfig
 from distributed_muzero.rllib.settings import SECTIONS, SETTINGS
+from distributed_muzero.run_folder import FIXED
 
 METRIC = "evaluation/env_runners/episode_return_mean"
 ITERATION = "training_iteration"
 PERTURBATIONS = 6  # of a trial under PBT, at most
+SAVES = 3  # of another trial, so that not all is lost where a search is broken off
 REDUCTION = 3  # ASHA lets one of so many trials go on at each rung
 KINDS: dict[str, Callable[..., Domain]] = {
     "uniform": tune.uniform,
@@ -99,18 +102,31 @@ def chosen_of(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, An
     return found
 
 
-def check_space(config: MuZeroConfig, space: Mapping[str, Domain], seed: int) -> None:
-    """That an example of the space can be. Raises ConfigError for a name that isn't known, or a value that can't be."""
-    import numpy as np
-
+def check_space(config: MuZeroConfig, space: Mapping[str, Domain], scheduler: str) -> None:
+    """That the ends of each domain, and all that can be chosen, can be. Raises ConfigError."""
     for name in space:
         if "." not in name and name not in SETTINGS:
             MuZeroConfig().update_from_dict({name: 0})  # raises, with what is near
         if name in ("preset", "env", "env_config"):
             raise ConfigError(f"{name} can't be searched over: all trials play the same")
-    rng = np.random.RandomState(seed)
-    example = {name: domain.sample(random_state=rng) for name, domain in space.items()}
-    MuZeroConfig.from_dict(lay(config.to_dict(), example)).validate()
+        section, _, key = (SETTINGS[name].key or "" if name in SETTINGS else name).partition(".")
+        if scheduler == "pbt" and section in FIXED and key in (FIXED[section] or [key]):
+            raise ConfigError(
+                f"{name} can't change while a run goes on, as pbt asks for: search with asha, or none"
+            )
+    ends = {name: ends_of(domain) for name, domain in space.items()}
+    first = {name: values[0] for name, values in ends.items()}
+    for name, values in ends.items():
+        for value in values:
+            MuZeroConfig.from_dict(lay(config.to_dict(), {**first, name: value})).validate()
+
+
+def ends_of(domain: Domain) -> list[Any]:
+    """What can be chosen, or of a range the first and the last."""
+    if isinstance(domain, Categorical):
+        return list(domain.categories)
+    assert isinstance(domain, (Float, Integer))
+    return [domain.lower, domain.upper - isinstance(domain, Integer)]  # the end of whole numbers is left out
 
 
 def make_scheduler(name: str, iterations: int, space: Mapping[str, Domain]) -> TrialScheduler:
@@ -120,11 +136,22 @@ def make_scheduler(name: str, iterations: int, space: Mapping[str, Domain]) -> T
         return ASHAScheduler(
             time_attr=ITERATION, max_t=iterations, grace_period=grace, reduction_factor=REDUCTION
         )
+
+    def within(settings: dict[str, Any]) -> dict[str, Any]:
+        """What PBT has multiplied, kept in the space."""
+        chosen = chosen_of(settings, list(space))
+        for key, domain in space.items():
+            if not isinstance(domain, Categorical):
+                low, high = ends_of(domain)
+                chosen[key] = min(max(chosen[key], low), high)
+        return lay(settings, chosen)
+
     if name == "pbt":
         return PopulationBasedTraining(
             time_attr=ITERATION,
             perturbation_interval=max(1, iterations // PERTURBATIONS),
             hyperparam_mutations=lay({}, space),
+            custom_explore_fn=within,
         )
     return FIFOScheduler()
 
@@ -159,7 +186,13 @@ def search(
             name=name,
             storage_path=str(folder.resolve()),
             stop={ITERATION: iterations},
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=2, checkpoint_at_end=True),
+            checkpoint_config=tune.CheckpointConfig(
+                num_to_keep=2,
+                checkpoint_frequency=0
+                if scheduler == "pbt"
+                else max(1, iterations // SAVES),  # pbt saves by itself
+                checkpoint_at_end=True,
+            ),
             verbose=0,
             callbacks=[watcher],
         ),
@@ -169,19 +202,21 @@ def search(
 
 
 def best_of(results: tune.ResultGrid, names: Sequence[str]) -> Best:
-    """The trial whose last evaluation was best, and that can be gone on with."""
-    ended = []
+    """The saved state of a trial whose evaluation then was the best."""
+    saved = []
     for place in range(len(results)):
-        score = score_of(results[place].metrics or {})
-        if score is not None and results[place].checkpoint is not None:
-            ended.append((score, place))
-    if not ended:
+        if results[place].error is None:
+            for number, (_, metrics) in enumerate(results[place].best_checkpoints or []):
+                if (score := score_of(metrics)) is not None:
+                    saved.append((score, place, number))
+    if not saved:
         errors = "; ".join(sorted({first_line(error) for error in results.errors}))
-        raise RunError(f"no trial came to an evaluation and a checkpoint{f': {errors}' if errors else ''}")
-    score, place = max(ended)
-    best = results[place]
-    assert best.checkpoint is not None and best.metrics is not None and best.config is not None
-    return Best(best.metrics["trial_id"], chosen_of(best.config, names), best.checkpoint, score)
+        raise RunError(
+            f"no trial was evaluated and saved before the search ended{f': {errors}' if errors else ''}"
+        )
+    score, place, number = max(saved)
+    checkpoint, metrics = (results[place].best_checkpoints or [])[number]
+    return Best(metrics["trial_id"], chosen_of(metrics["config"], names), checkpoint, score)
 
 
 def score_of(result: Mapping[str, Any]) -> float | None:
@@ -195,7 +230,7 @@ class Watcher(Callback):
     def __init__(self, names: Sequence[str], show: Callable[[list[dict[str, Any]]], None]):
         self._names = list(names)
         self._show = show
-        self._copies: dict[str, int] = {}
+        self._last: dict[str, dict[str, Any]] = {}
         self.rows: list[dict[str, Any]] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -205,29 +240,28 @@ class Watcher(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
+        self._last[trial.trial_id] = result
         self._tell(trials)
-
-    def on_trial_restore(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._copies[trial.trial_id] = self._copies.get(trial.trial_id, 0) + 1
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._tell(trials)
+        self._tell(trials, {trial.trial_id: "terminated"})
 
-    on_trial_error = on_trial_complete
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._tell(trials, {trial.trial_id: "error"})
 
-    def _tell(self, trials: list[Trial]) -> None:
-        self.rows = [self._row(trial) for trial in trials]
+    def _tell(self, trials: list[Trial], ended: Mapping[str, str] = MappingProxyType({})) -> None:
+        """ended: what is known of a trial before Tune says so."""
+        self.rows = [self._row(trial, ended.get(trial.trial_id, trial.status.lower())) for trial in trials]
         self._show(self.rows)
 
-    def _row(self, trial: Trial) -> dict[str, Any]:
-        last = trial.last_result or {}
+    def _row(self, trial: Trial, state: str) -> dict[str, Any]:
+        last = self._last.get(trial.trial_id, {})
         return {
             "trial": trial.trial_id,
-            "state": trial.status.lower(),
+            "state": state,
             **chosen_of(trial.config, self._names),
             "iterations": last.get(ITERATION, 0),
             "env steps": last.get("num_env_steps_sampled_lifetime", 0),
             "learner steps": last.get("num_grad_updates_lifetime", 0),
-            "restored": self._copies.get(trial.trial_id, 0),
             "evaluation": score_of(last),
         }

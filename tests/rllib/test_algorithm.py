@@ -145,6 +145,45 @@ def test_other_networks_cannot_take_it_over(made, tmp_path):
         other.restore_from_path(saved)
 
 
+def test_a_refused_restore_leaves_the_run_as_it_is(made, tmp_path):
+    algorithm, other = made(small()), made(small().training(network={"embedding_size": 48}))
+    algorithm.train()
+    saved = algorithm.save_to_path(tmp_path / "saved")
+    before = steps_of(other.train())[0]
+    with pytest.raises(RunError):
+        other.restore_from_path(saved)
+    assert steps_of(other.train())[0] >= before + 150
+
+
+def test_after_an_error_it_goes_on_from_what_was_saved(made, monkeypatch):
+    algorithm = made(small())
+    while not (before := steps_of(algorithm.train()))[1]:
+        pass
+    algorithm._saved()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(algorithm._book, "tick", fail)
+        with pytest.raises(KeyboardInterrupt):
+            algorithm.train()
+    result = algorithm.train()
+    assert not result["done"]
+    assert steps_of(result)[0] > before[0] and steps_of(result)[1] >= before[1]
+
+
+def test_a_script_that_never_stops_it_ends(tmp_path):
+    code = """
+from distributed_muzero.rllib import MuZeroConfig
+config = MuZeroConfig("debug").env_runners(num_env_runners=0).reporting(min_time_s_per_iteration=0)
+algorithm = config.build_algo()
+algorithm.train()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "Exception" not in done.stderr, done.stderr
+
+
 def test_a_folder_without_a_saved_one_is_refused(made, tmp_path):
     algorithm = made(small())
     for load in (algorithm.restore_from_path, DistributedMuZero.from_checkpoint):
@@ -160,6 +199,9 @@ def test_it_plays_one_move(made):
         mask = np.eye(2)[action]
         assert algorithm.compute_single_action(observation, action_mask=mask) == action
         assert algorithm.compute_single_action(observation, action_mask=mask, explore=True) == action
+    stacked = made(small().environment("CartPole-v1", history_length=3))
+    assert stacked.compute_single_action(observation) in (0, 1)
+    assert stacked.compute_single_action(np.stack([observation] * 3)) in (0, 1)
     with pytest.raises(ContractError, match=r"shape \(3,\) came; expected \(4,\)"):
         algorithm.compute_single_action(observation[:3])
     with pytest.raises(ContractError, match=r"mask of shape \(3,\) came; expected \(2,\)"):

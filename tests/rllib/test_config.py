@@ -1,5 +1,6 @@
 """MuZeroConfig: what its names stand for, and what is refused."""
 
+import numpy as np
 import pytest
 from ray import tune
 
@@ -35,8 +36,9 @@ ALL = (
 
 
 def test_every_name_reaches_its_key():
-    config, in_process, datasets, given = ALL.plan()
-    assert not in_process and not datasets and not given.store_buffer
+    plan = ALL.plan()
+    config, given = plan
+    assert not plan.in_process and not given.datasets and not given.store_buffer
     assert (given.evaluation_interval, given.min_seconds, given.min_env_steps) == (4, 1.0, 100)
     environment, actor, learner = config.environment, config.actor, config.learner
     assert (environment.id, environment.kwargs) == ("FrozenLake-v1", {"is_slippery": False})
@@ -71,7 +73,7 @@ def test_without_env_runners_one_process_does_all():
 
 def test_stored_episodes_are_learnt_from_alone():
     plan = MuZeroConfig().offline_data(input_=["a.parquet"]).plan()
-    assert plan.datasets == ("a.parquet",) and plan.config.is_offline
+    assert plan.given.datasets == ("a.parquet",) and plan.config.is_offline
     with pytest.raises(ConfigError, match="nobody plays: leave out num_env_runners"):
         MuZeroConfig().offline_data(input_="a").env_runners(num_env_runners=2).validate()
 
@@ -84,6 +86,12 @@ def test_it_goes_through_a_dictionary_and_yaml_and_back():
     assert other != ALL and ALL.lr == 1e-3
     other.search["num_simulations"] = 3
     assert "num_simulations" not in ALL.search
+
+
+def test_numpys_numbers_are_numbers():
+    config = MuZeroConfig().training(lr=np.float64(1e-3), num_simulations=np.int64(3))
+    assert config.plan().config.search.num_simulations == 3
+    assert MuZeroConfig.from_yaml(config.to_yaml()).lr == 1e-3
 
 
 def test_settings_are_attributes():
@@ -134,6 +142,26 @@ REFUSED = {
     "time steps": (
         lambda: MuZeroConfig().evaluation(evaluation_duration_unit="timesteps").validate(),
         "expected 'episodes'",
+    ),
+    "the same twice": (
+        lambda: MuZeroConfig().training(num_simulations=8, search={"num_simulations": 4}).validate(),
+        "num_simulations and search.num_simulations are both set",
+    ),
+    "a rate twice": (
+        lambda: MuZeroConfig().training(lr=0.1, learner={"learning_rate": 0.2}).validate(),
+        "lr and learner.learning_rate are both set",
+    ),
+    "a truth value as text": (
+        lambda: MuZeroConfig().training(store_buffer_in_checkpoints="False").validate(),
+        "store_buffer_in_checkpoints='False': expected True or False",
+    ),
+    "no replay": (
+        lambda: MuZeroConfig().training(replay_buffer_config=None).validate(),
+        "replay_buffer_config=None: expected a dictionary",
+    ),
+    "what no file can hold": (
+        lambda: MuZeroConfig().environment("CartPole-v1", env_config={"x": object()}).to_yaml(),
+        "can't be written as YAML",
     ),
     "another framework": (lambda: MuZeroConfig().framework("tf2"), "framework 'tf2': expected 'torch'"),
     "no preset": (lambda: MuZeroConfig("cartpol"), "no preset 'cartpol'"),

@@ -8,7 +8,7 @@ from ray import tune
 from distributed_muzero.errors import ConfigError
 from distributed_muzero.rllib import MuZeroConfig
 from distributed_muzero.rllib.algorithm import DistributedMuZero
-from distributed_muzero.rllib.tuning import check_space, chosen_of, lay, read_space
+from distributed_muzero.rllib.tuning import check_space, chosen_of, lay, make_scheduler, read_space
 from tests.processes import run
 
 SPACE = """
@@ -31,7 +31,7 @@ def test_a_space_is_read_as_it_is_written(tmp_path):
     assert (space["lr"].lower, space["lr"].upper) == (1e-4, 1e-2)
     assert space["samples_per_insert"].categories == [4, 8, 10]
     assert isinstance(space["num_simulations"], tune.search.sample.Integer)
-    check_space(MuZeroConfig("debug"), space, seed=1)
+    check_space(MuZeroConfig("debug"), space, "asha")
 
 
 def test_chosen_values_are_laid_into_their_sections():
@@ -68,13 +68,35 @@ def test_a_space_that_cannot_be_read_is_refused(tmp_path, text, message):
     [
         ("lrr", tune.uniform(0, 1), "did you mean 'lr'"),
         ("learner.lr", tune.uniform(0, 1), "unknown key 'learner.lr'"),
-        ("gamma", tune.uniform(2, 3), r"gamma \(algorithm.discount\)"),
+        ("gamma", tune.uniform(0.9, 1.05), r"gamma \(algorithm.discount\).*got 1.05"),
+        ("num_simulations", tune.choice([4, 0]), "num_simulations.*got 0"),
+        (
+            "network.embedding_size",
+            tune.choice([32, 64]),
+            "can't change while a run goes on, as pbt asks for",
+        ),
+        ("actor.num_actors", tune.choice([1, 2]), "num_env_runners and actor.num_actors are both set"),
         ("env", tune.choice(["A", "B"]), "can't be searched over"),
     ],
 )
 def test_a_space_of_what_cannot_be_is_refused(name, domain, message):
     with pytest.raises(ConfigError, match=message):
-        check_space(MuZeroConfig("debug"), {name: domain}, seed=1)
+        check_space(MuZeroConfig("debug").env_runners(num_env_runners=0), {name: domain}, "pbt")
+
+
+def test_what_pbt_multiplies_stays_in_the_space():
+    space = {
+        "gamma": tune.uniform(0.9, 0.99),
+        "search.num_simulations": tune.randint(2, 9),
+        "n_step": tune.choice([1, 5]),
+    }
+    within = make_scheduler("pbt", 6, space)._custom_explore_fn
+    moved = within(
+        {"gamma": 1.1, "search": {"num_simulations": 1, "policy": "gumbel"}, "n_step": 5, "lr": 1.0}
+    )
+    assert moved == {
+        "gamma": 0.99, "search": {"num_simulations": 2, "policy": "gumbel"}, "n_step": 5, "lr": 1.0
+    }  # fmt: skip
 
 
 @pytest.mark.cluster
@@ -87,7 +109,7 @@ def test_a_search_stops_what_falls_behind_and_makes_the_best_one_a_run(tmp_path)
         "--episodes", 2, "--runs-dir", tmp_path / "runs", "--name", "found", timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "best: trial " in done.stdout and "restored: mean return" in done.stdout
+    assert "best: trial " in done.stdout and "evaluation of found/step_" in done.stdout
     results = sorted((tmp_path / "runs" / ".tune" / "found").glob("*/result.json"))
     assert len(results) == 4
     iterations = [len(path.read_text().splitlines()) for path in results]
