@@ -136,7 +136,7 @@ def _observations(shown: list[Any], spec: EnvironmentSpec) -> np.ndarray:
         numbers = found.reshape(-1, 1)
         hot = (numbers == np.arange(shape[0])).astype(dtype)
         return hot if hot.any(1).all() else found
-    if found.size == len(shown) * math.prod(shape):
+    if found.shape[1:] == (math.prod(shape),):  # not of any shape of this size: channels may come last
         found = found.reshape(len(shown), *shape)
     if found.dtype.kind not in "biuf":
         return found

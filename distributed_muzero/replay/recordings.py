@@ -12,10 +12,12 @@ environment is refused by the shard, with its reason, as all episodes are that c
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -29,6 +31,7 @@ STEPS = frozenset({"eps_id", "obs", "actions", "rewards", "new_obs"})
 EPISODES = "item"
 OWN = b"distributed_muzero"  # in the footer of our own datasets
 TAIL_BYTES = 2**16
+TENSOR = "ray.data.arrow_tensor"  # and _v2
 
 
 def is_recording(path: Path) -> bool:
@@ -157,7 +160,7 @@ def _recorded_steps(table: pa.Table) -> Iterator[Piece]:
             )
     ends = {"terminateds", "truncateds"} & set(table.column_names)
     names = [*STEPS, *ends, *({LOGITS, VALUES} & set(table.column_names))]
-    for row in zip(*(_plain(table.column(name)) for name in names), strict=True):
+    for row in zip(*(_plain(table, name) for name in names), strict=True):
         step = dict(zip(names, row, strict=True))
         yield Piece(
             game=str(step["eps_id"]),
@@ -171,7 +174,26 @@ def _recorded_steps(table: pa.Table) -> Iterator[Piece]:
         )
 
 
-def _plain(column: pa.ChunkedArray) -> list[Any]:
-    """Python's values; of ray's tensors, where ray has made them known in this process, what lies beneath."""
-    chunks = [chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk for chunk in column.chunks]
-    return [value for chunk in chunks for value in chunk.to_pylist()]
+def _plain(table: pa.Table, name: str) -> list[Any]:
+    """Python's values; ray's tensors in their own shape."""
+    chunks = [
+        chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
+        for chunk in table.column(name).chunks
+    ]
+    items = [value for chunk in chunks for value in chunk.to_pylist()]
+    shape = _tensor_shape(table.schema.field(name))
+    return items if shape is None else [np.reshape(item, shape) for item in items]
+
+
+def _tensor_shape(field: pa.Field) -> list[int] | None:
+    """Of each of ray's tensors, which lie there flat. None for anything else, and for what isn't JSON: pickles."""
+    if isinstance(field.type, pa.ExtensionType):  # ray has made them known in this process
+        name, shape = field.type.extension_name, getattr(field.type, "shape", None)
+        return list(shape) if name.startswith(TENSOR) and shape and None not in shape else None
+    metadata = field.metadata or {}
+    if not metadata.get(b"ARROW:extension:name", b"").startswith(TENSOR.encode()):
+        return None
+    try:
+        return json.loads(metadata[b"ARROW:extension:metadata"])
+    except ValueError:
+        return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -115,6 +117,37 @@ def test_rows_of_steps_are_joined_by_what_they_show(tmp_path):
     found = {episode.episode_id: episode for episode in read(tmp_path)}
     assert set(found) == {"rllib/a", "rllib/b"}
     assert found["rllib/a"].observations[:, 0].tolist() == [0, 1, 2] and found["rllib/a"].terminated
+
+
+def tensors(arrays):
+    """A column as Ray writes it: flat lists, whose shape stands in the schema."""
+    kind = pa.large_list(pa.float32())
+    shape = json.dumps(arrays[0].shape).encode()
+    metadata = {b"ARROW:extension:name": b"ray.data.arrow_tensor_v2", b"ARROW:extension:metadata": shape}
+    return pa.field("", kind, metadata=metadata), pa.array([array.ravel() for array in arrays], kind)
+
+
+@pytest.mark.parametrize("as_steps", [False, True])
+def test_frames_of_another_shape_are_not_taken_for_the_environments(tmp_path, as_steps):
+    spec = EnvironmentSpec("frames", (3, 2, 2), np.dtype(np.float32), (3,))
+    right, flat = np.arange(12, dtype=np.float32).reshape(3, 2, 2), np.arange(12, dtype=np.float32)
+    for number, frame in enumerate((right, flat, right.transpose(1, 2, 0).copy())):
+        folder = tmp_path / str(number)
+        if as_steps:
+            folder.mkdir()
+            table = steps(("a", [], 0, [], True))
+            for name in ("obs", "new_obs"):
+                field, column = tensors([frame])
+                table = table.set_column(table.column_names.index(name), field.with_name(name), column)
+            pq.write_table(table, folder / "1.parquet")
+        else:
+            write(folder, recorded([frame] * 2, [0], [0.0]))
+        [episode] = read(folder, spec)
+        if number < 2:
+            assert (episode.observations == right).all()
+        else:
+            with pytest.raises(RejectedEpisode, match="observations"):
+                validate(episode, spec, 100)
 
 
 def test_pickles_are_never_read(tmp_path):
