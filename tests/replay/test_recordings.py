@@ -77,7 +77,8 @@ def test_recorded_logits_and_values_are_used(tmp_path):
 
 
 def test_masks_discrete_observations_and_joint_actions(tmp_path):
-    masked = [{"observations": np.int64(i), "action_mask": np.float32([1, 0, 1])} for i in (3, 1)]
+    # Under any other name, as in environments.
+    masked = [{"obs": np.int64(i), "action_mask": np.float32([1, 0, 1])} for i in (3, 1)]
     extra = {"action_dist_inputs": [np.float32([0, 7, 0])]}
     [episode] = read(write(tmp_path / "a", recorded(masked, [2], [0.0], extra_model_outputs=extra)), LAKE)
     validate(episode, LAKE, 100)
@@ -85,6 +86,18 @@ def test_masks_discrete_observations_and_joint_actions(tmp_path):
     joint = VECTOR._replace(action_shape=(2, 3))
     item = recorded([np.zeros(2, np.float32)] * 2, [np.int64([1, 2])], [0.0])
     assert read(write(tmp_path / "b", item), joint)[0].actions.tolist() == [5]
+
+
+def test_logits_of_an_actions_parts_are_multiplied_and_those_of_flat_actions_are_not(tmp_path):
+    spec = VECTOR._replace(action_shape=(2, 2))
+    logits = np.log(np.float32([0.25, 0.75, 0.1, 0.9]))
+    options = {"extra_model_outputs": {"action_dist_inputs": [logits]}}
+    for name, action in (("parts", np.int64([1, 0])), ("flat", 2)):
+        write(tmp_path / name, recorded([np.zeros(2, np.float32)] * 2, [action], [0.0], **options))
+    [parts], [flat] = read(tmp_path / "parts", spec), read(tmp_path / "flat", spec)
+    assert parts.actions == flat.actions == 2
+    assert np.allclose(parts.policies, [[0.025, 0.225, 0.075, 0.675]])
+    assert np.allclose(flat.policies, np.array([[0.25, 0.75, 0.1, 0.9]]) / 2)
 
 
 def test_pieces_of_a_game_are_joined_and_a_game_that_goes_on_is_cut(tmp_path):
@@ -167,6 +180,7 @@ def test_pickles_are_never_read(tmp_path):
         ("not_finite", [np.float32([np.nan, 0])] * 2, [0], 0.0),
         ("not_finite", [np.zeros(2, np.float32)] * 2, [0], 1e300),
         ("shape", [{"camera": np.zeros(2, np.float32)}] * 2, [0], 0.0),
+        ("shape", [{"obs": np.zeros(2, np.float32), "action_mask": np.ones(5)}] * 2, [0], 0.0),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_reason(tmp_path, reason, observations, actions, reward):
