@@ -28,6 +28,7 @@ class Piece(NamedTuple):
     extra: dict[str, list[Any]]  # what else was recorded of each step
     terminated: bool
     truncated: bool
+    part: int = 0  # fragments of this game before it, behind which there is a gap
 
     @property
     def is_over(self) -> bool:
@@ -47,9 +48,15 @@ class Piece(NamedTuple):
             self.begin <= other.begin and len(other.actions) + other.begin <= len(self.actions) + self.begin
         )
 
-    def begins_like(self, other: Piece) -> bool:
-        """Whether the other one begins with the same step."""
-        return self.begin == other.begin and _same(self.observations[0], other.observations[0])
+    def begins(self, other: Piece) -> bool:
+        """Whether the other one begins with all of these steps."""
+        length = len(self.actions)
+        return (
+            self.begin == other.begin
+            and length <= len(other.actions)
+            and _same(self.observations, other.observations[: length + 1])
+            and _same(self.actions, other.actions[:length])
+        )
 
     def joined(self, other: Piece) -> Piece:
         # In place: a long game comes step by step.
@@ -69,10 +76,11 @@ class Piece(NamedTuple):
         recorded. A search replaces policies and values where stored steps are searched anew.
         """
         actions, legal = _flat_actions(self.actions, spec), self._legal_masks(spec)
+        place = f"@{self.begin}" if self.begin else f"#{self.part + 1}" if self.part else ""
         rewards = _array(self.rewards)
         rewards = rewards.astype(np.float32) if rewards.dtype.kind in "biuf" else np.zeros(0, np.float32)
         return Episode(
-            episode_id=f"rllib/{self.game}" + (f"@{self.begin}" if self.begin else ""),
+            episode_id=f"rllib/{self.game}" + place,
             environment_id=spec.id,
             seed=0,
             weights_version=0,
@@ -173,4 +181,6 @@ def _array(items: list[Any]) -> np.ndarray:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
     return np.array_equal(np.asarray(one), np.asarray(other))

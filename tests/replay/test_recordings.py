@@ -132,6 +132,31 @@ def test_rows_of_steps_are_joined_by_what_they_show(tmp_path):
     assert found["rllib/a"].observations[:, 0].tolist() == [0, 1, 2] and found["rllib/a"].terminated
 
 
+def write_steps(folder, *tables):
+    """A folder for each time of writing, as RLlib does."""
+    for number, table in enumerate(tables):
+        (folder / str(number)).mkdir(parents=True)
+        pq.write_table(table, folder / str(number) / "0.parquet")
+    return folder
+
+
+def test_rows_written_again_are_not_appended_where_a_game_comes_back_to_its_start(tmp_path):
+    away, back = ("a", [0.0, 0.0], 0, [1.0, 0.0], False), ("a", [1.0, 0.0], 1, [0.0, 0.0], False)
+    last = ("a", [0.0, 0.0], 2, [2.0, 0.0], True)
+    again = write_steps(tmp_path / "again", steps(away, back), steps(away, back, last))
+    [episode] = read(again)
+    assert episode.actions.tolist() == [0, 1, 2] and episode.terminated
+    goes_on = write_steps(tmp_path / "goes on", steps(away, back), steps(last))
+    assert read(goes_on)[0].actions.tolist() == [0, 1, 2]
+
+
+def test_fragments_of_a_game_behind_a_gap_are_numbered(tmp_path):
+    rows = [("a", [float(i), 0.0], 0, [i + 1.0, 0.0], i == 6) for i in range(7)]
+    folder = write_steps(tmp_path, steps(*rows[:2]), steps(*rows[3:4]), steps(*rows[5:]))
+    found = {episode.episode_id: episode.num_steps for episode in read(folder)}
+    assert found == {"rllib/a": 2, "rllib/a#2": 1, "rllib/a#3": 2}
+
+
 def tensors(arrays):
     """A column as Ray writes it: flat lists, whose shape stands in the schema."""
     kind = pa.large_list(pa.float32())
@@ -167,6 +192,13 @@ def test_pickles_are_never_read(tmp_path):
     pq.write_table(steps(("a", "BCJNGGhAjwAA", 0, "BCJNGGhAjwAA", True)), tmp_path / "1.parquet")
     with pytest.raises(RunError, match="output_compress_columns"):
         read(tmp_path)
+    right = write_steps(tmp_path / "right", steps(("a", [0.0, 0.0], 0, [1.0, 0.0], True)))
+    packed = steps(("a", b"BCJ", 0, b"BCJ", True))
+    packed = packed.set_column(1, "obs", packed.column("obs").cast(pa.large_binary()))
+    later = write_steps(tmp_path / "later", pq.read_table(right), packed)
+    offline = make_config({"actor": {"num_actors": 0}})
+    with pytest.raises(RunError, match=r"column (new_)?obs holds pickles"):
+        check_datasets([right, later], VECTOR, offline)  # before anything is stored
     data = {b"nd": True, b"type": "|O", b"kind": b"O", b"shape": [1], b"data": b"cos\nsystem\n."}
     assert unpack(pack({"array": data})) == {"array": None}
 
@@ -197,6 +229,9 @@ def test_damage_and_other_files_are_told(tmp_path):
     assert not is_recording(tmp_path / "nothing")
     write_dataset(tmp_path / "own.parquet", [StoredEpisode(0, make_episode(5))])
     assert not is_recording(tmp_path / "own.parquet")
+    (folder / "later.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RunError, match="can't read"):
+        check_datasets([folder], VECTOR, make_config({"actor": {"num_actors": 0}}))
     two = VECTOR._replace(num_players=2)
     with pytest.raises(RunError, match="one player's turns"):
         check_datasets([folder], two, make_config({"actor": {"num_actors": 0}}))
