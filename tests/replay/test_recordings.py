@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -262,6 +263,15 @@ def test_ours_come_back_and_rllib_takes_them(tmp_path, terminated):
 def test_games_for_two_are_not_written(tmp_path):
     with pytest.raises(RunError, match="game for two"):
         write_recording(tmp_path / "out", lambda: [StoredEpisode(0, make_episode(4, two_players=True))])
+    assert not list(tmp_path.iterdir())
+
+
+def test_masks_that_come_while_the_run_is_read_are_told(tmp_path):
+    masked = make_episode(4)
+    plain = replace(masked, legal_masks=np.ones_like(masked.legal_masks))
+    reads = iter(([plain], [plain, masked]))
+    with pytest.raises(RunError, match="export again"):
+        write_recording(tmp_path / "out", lambda: [StoredEpisode(0, episode) for episode in next(reads)])
     assert not list(tmp_path.iterdir())
 
 
