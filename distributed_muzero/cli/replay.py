@@ -91,16 +91,21 @@ def show(
 @app.command("export")
 def export_(
     run: Run,
-    file: Annotated[Path, typer.Argument(help="The .parquet file to write; an old one is replaced.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="The .parquet file to write, an old one is replaced; for --format rllib a new folder."
+        ),
+    ],
     min_return: Annotated[float | None, typer.Option(help="Leave out episodes that return less.")] = None,
     last: Annotated[int | None, typer.Option(min=1, help="The newest so many of these.")] = None,
     form: Annotated[
-        Form, typer.Option("--format", help="rllib: a new folder that RLlib's offline algorithms read.")
+        Form, typer.Option("--format", help="rllib: what RLlib's offline algorithms read.")
     ] = Form.dataset,
     runs_dir: RunsDir = RUNS,
     as_json: AsJson = False,
 ) -> None:
-    """Write the episodes that a run holds to one Parquet file, a row for each. Works while the run goes on."""
+    """Write the episodes that a run holds to Parquet, a row for each. Works while the run goes on."""
     from distributed_muzero.files import folder_bytes
     from distributed_muzero.replay.dataset import write_dataset
     from distributed_muzero.replay.inspection import select_episodes

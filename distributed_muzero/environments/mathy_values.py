@@ -3,50 +3,49 @@ fractions, some of its rules are wrong (x - 4^2 becomes x + -4^2), and some brac
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from mathy_core import expressions as ex
 from mathy_core.tokenizer import TOKEN_TYPES, Tokenizer
 
 from distributed_muzero.errors import EnvironmentFailure
 
-Number = Any  # a Fraction, a float or a complex; Python has no type of all three
 MAX_BITS = 2**15  # of a power
 MAX_FACTORIAL = 1000
-TOLERANCE = 1e-12  # of floats, in the unit of the largest part
-BINARY: dict[type[ex.MathExpression], Callable[[Number, Number], Number]] = {
-    ex.AddExpression: lambda one, two: one + two,
-    ex.SubtractExpression: lambda one, two: one - two,
-    ex.MultiplyExpression: lambda one, two: one * two,
-    ex.DivideExpression: lambda one, two: one / two,
+ROUNDING = Fraction(1, 10**14)  # of decimals and roots, in their own unit
+MAX_ERROR = 1e-6  # of a problem: beyond it, a wrong move would pass for a right one
+BINARY: dict[type[ex.MathExpression], Callable[[Value, Value], Value]] = {
+    ex.AddExpression: lambda one, two: Value(one.number + two.number, one.error + two.error),
+    ex.SubtractExpression: lambda one, two: Value(one.number - two.number, one.error + two.error),
+    ex.MultiplyExpression: lambda one, two: _product(one, two),
+    ex.DivideExpression: lambda one, two: _product(one, _power(two, Value(Fraction(-1)))),
     ex.PowerExpression: lambda one, two: _power(one, two),
 }
 
 
-def values_of(root: ex.MathExpression) -> list[Number]:
-    """Of all its parts, its own last, where each letter has some value. They are exact, but for decimals and roots.
+class Value(NamedTuple):
+    """A number, and how far mathy's rounding may have moved it."""
+
+    number: Any  # a Fraction, or with roots a complex; Python has no type of both
+    error: Any = 0
+
+
+def value_of(node: ex.MathExpression) -> Value:
+    """What an expression is worth, where each letter has some value. It is exact, but for decimals and roots.
 
     Raises ArithmeticError where there is none, or only one that is too large.
     """
-    values: list[Number] = []
-
-    def add(node: ex.MathExpression) -> Number:
-        sides = [add(side) for side in (node.left, node.right) if side is not None]
-        values.append(_operate(node, sides))
-        return values[-1]
-
-    add(root)
-    return values
+    value = _operate(node, [value_of(side) for side in (node.left, node.right) if side is not None])
+    is_exact = isinstance(value.number, Fraction)
+    return value if is_exact else value._replace(error=value.error + ROUNDING * abs(value.number))
 
 
-def are_equal(one: list[Number], other: list[Number]) -> bool:
-    """Whether two expressions are equal, by the values of their parts."""
-    if isinstance(one[-1], Fraction) and isinstance(other[-1], Fraction):
-        return one[-1] == other[-1]
-    return abs(one[-1] - other[-1]) <= TOLERANCE * max(map(abs, one + other))
+def are_equal(one: Value, other: Value) -> bool:
+    return abs(one.number - other.number) <= one.error + other.error
 
 
 def check_readable(text: str, root: ex.MathExpression, again: ex.MathExpression) -> None:
@@ -55,12 +54,18 @@ def check_readable(text: str, root: ex.MathExpression, again: ex.MathExpression)
     root: what mathy reads.   again: what it reads of what it writes of that.
     """
     try:
-        is_kept = are_equal(values_of(root), values_of(again))
+        value = value_of(root)
+        is_kept = are_equal(value, value_of(again))
     except ArithmeticError as error:
         why = "it divides by zero" if isinstance(error, ZeroDivisionError) else error
         raise EnvironmentFailure(
             f"the problem {text!r} has no value, or too large a one ({why}); expected one that can be computed"
         ) from error
+    if value.error > MAX_ERROR:
+        raise EnvironmentFailure(
+            f"the problem {text!r} has decimals or roots beside numbers so large that wrong moves would pass for "
+            f"right ones: its value isn't known within {MAX_ERROR:g}; give smaller ones"
+        )
     given = sum(
         token.type in (TOKEN_TYPES.Constant, TOKEN_TYPES.Variable) for token in Tokenizer().tokenize(text)
     )
@@ -81,41 +86,63 @@ def keeping_value(
     parse: Callable[[str], ex.MathExpression],
 ) -> dict[tuple[int, int], str | None]:
     """Of moves, those whose result is equal to the expression that they are made in."""
-    values = values_of(root)
+    value = value_of(root)
 
     def is_equal(text: str | None) -> bool:
         try:
-            return text is not None and are_equal(values, values_of(parse(text)))
+            return text is not None and are_equal(value, value_of(parse(text)))
         except Exception:  # what mathy can't read, and what has no value
             return False
 
     return {move: text for move, text in results.items() if is_equal(text)}
 
 
-def _operate(node: ex.MathExpression, sides: list[Number]) -> Number:
+def _operate(node: ex.MathExpression, sides: list[Value]) -> Value:
     if isinstance(node, ex.ConstantExpression):
-        return node.value if isinstance(node.value, float) else Fraction(node.value)
+        return _constant(node.value)
     if isinstance(node, ex.VariableExpression):
-        return Fraction(
-            ord(node.identifier) ** 3, 10**6 + 3
+        return Value(
+            Fraction(ord(node.identifier) ** 3, 10**6 + 3)
         )  # cubes: no sum of two letters is another's double
     if isinstance(node, ex.BinaryExpression):
         return BINARY[type(node)](*sides)
-    [side] = sides
+    [(side, error)] = sides
     if isinstance(node, ex.NegateExpression):
-        return -side
+        return Value(-side, error)
     if isinstance(side, complex):
         raise ArithmeticError(f"{node} is of no real number")
     if isinstance(node, ex.SgnExpression):
-        return Fraction((side > 0) - (side < 0))
+        return Value(Fraction((side > 0) - (side < 0)))
     if side != int(side) or not 0 <= side <= MAX_FACTORIAL:
         raise ArithmeticError(f"{node} is no factorial of a whole number from 0 to {MAX_FACTORIAL}")
-    return Fraction(math.factorial(int(side)))
+    return Value(Fraction(math.factorial(int(side))))
 
 
-def _power(one: Number, two: Number) -> Number:
-    if not (isinstance(one, Fraction) and isinstance(two, Fraction) and two.denominator == 1):
-        return complex(one) ** complex(two)
-    if abs(two) * max(abs(one.numerator), one.denominator).bit_length() > MAX_BITS:
+def _constant(value: float) -> Value:
+    if not isinstance(value, float):
+        return Value(Fraction(value))
+    if not math.isfinite(value):
+        raise OverflowError(f"{value} is no number")
+    number = Fraction(str(value))  # as it is written, which its bits only come close to
+    return Value(number, ROUNDING * abs(number))
+
+
+def _product(one: Value, two: Value) -> Value:
+    error = abs(one.number) * two.error + abs(two.number) * one.error if one.error or two.error else 0
+    return Value(one.number * two.number, error)
+
+
+def _power(one: Value, two: Value) -> Value:
+    base, exponent = one.number, two.number
+    if not (isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1):
+        number: Any = complex(base) ** complex(exponent)
+    elif abs(exponent) * max(abs(base.numerator), base.denominator).bit_length() > MAX_BITS:
         raise OverflowError("a power is too large")
-    return one**two
+    else:
+        number = base**exponent
+    if not (one.error or two.error) or base == 0:
+        return Value(number, one.error)
+    change = abs(exponent) * one.error / abs(base)
+    if two.error:
+        change += abs(cmath.log(complex(base))) * float(two.error)
+    return Value(number, abs(number) * change)

@@ -34,7 +34,7 @@ from distributed_muzero.files import sync_folder
 from distributed_muzero.replay.index import shard_of
 from distributed_muzero.replay.inspection import held_episodes, shard_folders
 from distributed_muzero.replay.log import ReplayLog
-from distributed_muzero.replay.recordings import check_players, is_recording, read_recording
+from distributed_muzero.replay.recordings import check_columns, check_players, is_recording, read_recording
 from distributed_muzero.replay.schema import EPISODES, StoredEpisode, episodes_from_arrow, episodes_to_arrow
 from distributed_muzero.types import Episode
 from distributed_muzero.version import __version__
@@ -378,6 +378,7 @@ def check_datasets(paths: Sequence[Path], spec: EnvironmentSpec, config: Config)
     for path in paths:
         if is_recording(path):
             check_players(path, spec)
+            check_columns(path)
             read = partial(read_recording, path, spec, config.algorithm.discount)
             sources.append(Source(path, _facts_of_spec(spec), read))
         else:

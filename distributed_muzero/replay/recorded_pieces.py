@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,11 +14,11 @@ from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.types import Episode
 
 LOGITS, VALUES = "action_dist_inputs", "vf_preds"  # of RLlib's extra model outputs
-OBSERVATIONS, MASK = "observations", "action_mask"  # of an observation with legal moves
+OBSERVATIONS, MASK = "observations", "action_mask"  # as we write observations with legal moves
 
 
 class Piece(NamedTuple):
-    """T steps. Items are arrays, numbers, lists, or {"observations": …, "action_mask": …}."""
+    """T steps. Items are arrays, numbers, lists, or Dicts of one of these and `action_mask`."""
 
     game: str  # RLlib's own id
     begin: int | None  # its first step in the game; None where that isn't recorded
@@ -26,6 +28,7 @@ class Piece(NamedTuple):
     extra: dict[str, list[Any]]  # what else was recorded of each step
     terminated: bool
     truncated: bool
+    part: int = 0  # fragments of this game before it, behind which there is a gap
 
     @property
     def is_over(self) -> bool:
@@ -45,9 +48,15 @@ class Piece(NamedTuple):
             self.begin <= other.begin and len(other.actions) + other.begin <= len(self.actions) + self.begin
         )
 
-    def begins_like(self, other: Piece) -> bool:
-        """Whether the other one begins with the same step."""
-        return self.begin == other.begin and _same(self.observations[0], other.observations[0])
+    def begins(self, other: Piece) -> bool:
+        """Whether the other one begins with all of these steps."""
+        length = len(self.actions)
+        return (
+            self.begin == other.begin
+            and length <= len(other.actions)
+            and _same(self.observations, other.observations[: length + 1])
+            and _same(self.actions, other.actions[:length])
+        )
 
     def joined(self, other: Piece) -> Piece:
         # In place: a long game comes step by step.
@@ -67,19 +76,19 @@ class Piece(NamedTuple):
         recorded. A search replaces policies and values where stored steps are searched anew.
         """
         actions, legal = _flat_actions(self.actions, spec), self._legal_masks(spec)
-        shown = [item.get(OBSERVATIONS) if isinstance(item, dict) else item for item in self.observations]
+        place = f"@{self.begin}" if self.begin else f"#{self.part + 1}" if self.part else ""
         rewards = _array(self.rewards)
         rewards = rewards.astype(np.float32) if rewards.dtype.kind in "biuf" else np.zeros(0, np.float32)
         return Episode(
-            episode_id=f"rllib/{self.game}" + (f"@{self.begin}" if self.begin else ""),
+            episode_id=f"rllib/{self.game}" + place,
             environment_id=spec.id,
             seed=0,
             weights_version=0,
-            observations=_observations(shown, spec),
+            observations=_observations([_unmasked(item) for item in self.observations], spec),
             legal_masks=legal,
             actions=actions,
             rewards=rewards,
-            policies=self._policies(actions, legal),
+            policies=self._policies(actions, legal, spec),
             root_values=self._root_values(rewards, discount),
             to_play=np.zeros(len(self.actions) + 1, np.int8),
             terminated=self.terminated,
@@ -92,11 +101,14 @@ class Piece(NamedTuple):
             return _array(masks).reshape(len(masks), -1) == 1
         return np.ones((len(self.actions), spec.num_actions), bool)
 
-    def _policies(self, actions: np.ndarray, legal: np.ndarray) -> np.ndarray:
+    def _policies(self, actions: np.ndarray, legal: np.ndarray, spec: EnvironmentSpec) -> np.ndarray:
         """[T, A] float32."""
         logits = _array(self.extra.get(LOGITS, []))
-        if logits.shape == legal.shape and logits.dtype.kind == "f":
-            logits = np.where(legal, logits.astype(np.float64), -np.inf)
+        is_flat = _array(self.actions).size == len(self.actions)
+        sizes = (spec.num_actions,) if is_flat else spec.action_shape  # of the logits, concatenated
+        fits = logits.shape[1:] == (sum(sizes),) and legal.shape == (len(logits), spec.num_actions)
+        if fits and logits.dtype.kind == "f":
+            logits = np.where(legal, _joint_logits(logits.astype(np.float64), sizes), -np.inf)
             shares = np.exp(logits - logits.max(1, keepdims=True))
         elif actions.dtype == np.int32 and actions.shape == legal.shape[:1]:
             shares = (np.arange(legal.shape[1]) == actions[:, None]).astype(np.float64)
@@ -115,6 +127,13 @@ class Piece(NamedTuple):
         return n_step_returns(rewards, values, discount, len(rewards))
 
 
+def _unmasked(item: Any) -> Any:
+    """The observation beside its mask, whatever its name (as in `rllib.masks`); all else as it is."""
+    if isinstance(item, dict) and len(item) == 2 and MASK in item:
+        return next(value for name, value in item.items() if name != MASK)
+    return item
+
+
 def _flat_actions(actions: list[Any], spec: EnvironmentSpec) -> np.ndarray:
     """[T] int32; what is no action of the environment's stays what it is, to be refused."""
     found = _array(actions)
@@ -128,6 +147,12 @@ def _flat_actions(actions: list[Any], spec: EnvironmentSpec) -> np.ndarray:
     return np.ravel_multi_index(tuple(parts.T), spec.action_shape).astype(np.int32)
 
 
+def _joint_logits(logits: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """[T, A] of joint actions, from those of each part of an action: shares are multiplied, so that logits add up."""
+    parts = np.split(logits, np.cumsum(sizes)[:-1], axis=1)
+    return reduce(lambda joint, part: (joint[:, :, None] + part[:, None]).reshape(len(logits), -1), parts)
+
+
 def _observations(shown: list[Any], spec: EnvironmentSpec) -> np.ndarray:
     """[T+1, *O] in the environment's dtype, from arrays as they are or flattened, or from the numbers of one-hots;
     what is none of these stays what it is, to be refused."""
@@ -136,7 +161,7 @@ def _observations(shown: list[Any], spec: EnvironmentSpec) -> np.ndarray:
         numbers = found.reshape(-1, 1)
         hot = (numbers == np.arange(shape[0])).astype(dtype)
         return hot if hot.any(1).all() else found
-    if found.size == len(shown) * math.prod(shape):
+    if found.shape[1:] == (math.prod(shape),):  # not of any shape of this size: channels may come last
         found = found.reshape(len(shown), *shape)
     if found.dtype.kind not in "biuf":
         return found
@@ -156,4 +181,6 @@ def _array(items: list[Any]) -> np.ndarray:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
     return np.array_equal(np.asarray(one), np.asarray(other))

@@ -75,13 +75,18 @@ def _write_file(folder: Path, number: int, packed: list[bytes]) -> None:
 
 
 def _state(episode: Episode, has_masks: bool) -> dict[str, Any]:
-    """What `SingleAgentEpisode.from_state` of RLlib takes. Raises RunError for a game for two."""
+    """What `SingleAgentEpisode.from_state` of RLlib takes. Raises RunError for a game for two and unexpected masks."""
     if episode.to_play.any():
         raise RunError(
             f"episode {episode.episode_id} is of a game for two, and RLlib's episodes hold one player's turns; export "
             "it without --format"
         )
     observations: list[Any] = list(episode.observations)
+    if not (has_masks or episode.legal_masks.all()):
+        raise RunError(
+            f"episode {episode.episode_id} forbids actions, and those that were held a moment ago didn't: the run goes "
+            "on meanwhile; export again"
+        )
     if has_masks:
         # What is legal after the end was never asked for.
         masks = [*episode.legal_masks.astype(np.float32), np.ones(episode.legal_masks.shape[1], np.float32)]

@@ -12,10 +12,14 @@ environment is refused by the shard, with its reason, as all episodes are that c
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -29,6 +33,9 @@ STEPS = frozenset({"eps_id", "obs", "actions", "rewards", "new_obs"})
 EPISODES = "item"
 OWN = b"distributed_muzero"  # in the footer of our own datasets
 TAIL_BYTES = 2**16
+BATCH_ROWS = 64  # in memory
+TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+TENSOR = "ray.data.arrow_tensor"  # and _v2
 
 
 def is_recording(path: Path) -> bool:
@@ -52,8 +59,25 @@ def read_recording(path: Path, spec: EnvironmentSpec, discount: float) -> Iterat
 
     A game that the recording doesn't end is cut there, as by a time limit.
     """
-    for key, piece in enumerate(_joined(_pieces(path))):
+    for key, piece in enumerate(_joined(_folders(path))):
         yield StoredEpisode(key, piece.episode(spec, discount))
+
+
+def check_columns(path: Path) -> None:
+    """Raises RunError for files whose observations or actions can't be read: they are pickles."""
+    for file in _files(path):
+        try:
+            schema = pq.read_schema(file)
+        except (pa.ArrowException, OSError) as error:
+            raise RunError(f"can't read {file}: {error}; take another copy of it") from error
+        for name in {"obs", "new_obs", "actions"} & set(schema.names):
+            kind = schema.field(name).type
+            kind = kind.storage_type if isinstance(kind, pa.ExtensionType) else kind
+            if any(is_text(kind) for is_text in TEXTS):
+                raise RunError(
+                    f"{file}: column {name} holds pickles, compressed or not, which are never read: record with "
+                    "offline_data(output_compress_columns=[]), and observations that are arrays"
+                )
 
 
 def check_players(path: Path, spec: EnvironmentSpec) -> None:
@@ -65,23 +89,21 @@ def check_players(path: Path, spec: EnvironmentSpec) -> None:
         )
 
 
-def _joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """Pieces of one game put together: they come in order, and others may come between them.
-
-    Each game once: without output_max_rows_per_file, RLlib writes all that it has written before once more each time.
-    """
+def _joined(folders: Iterator[Iterator[Piece]]) -> Iterator[Piece]:
+    """Pieces of one game put together: they come in order, and others may come between them. Each game once."""
     unfinished: dict[str, Piece] = {}
     finished: set[str] = set()
-    for piece in pieces:
+    parts: Counter[str] = Counter()
+    for piece in chain.from_iterable(map(_joined_once, folders)):
         if piece.game in finished:
             continue
         before = unfinished.pop(piece.game, None)
-        if before is not None and before.goes_on_with(piece):
-            piece = before.joined(piece)
-        elif before is not None and before.holds(piece):
-            piece = before
-        elif before is not None and not before.begins_like(piece):
-            yield before
+        # Rewritten rows first: a game may come back to where it began.
+        if before is not None and not before.begins(piece):
+            if (both := _together(before, piece)) is None:
+                parts[piece.game] += 1
+                yield before
+            piece = (both or piece)._replace(part=parts[piece.game])
         if piece.is_over:
             finished.add(piece.game)
             yield piece
@@ -90,20 +112,49 @@ def _joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
     yield from unfinished.values()
 
 
-def _pieces(path: Path) -> Iterator[Piece]:
-    for file in _files(path):
-        try:
-            table = pq.read_table(file, partitioning=None)
-        except (pa.ArrowException, OSError) as error:
-            raise RunError(f"can't read {file}: {error}; take another copy of it") from error
-        try:
-            yield from (
-                _recorded_episodes(table) if table.column_names == [EPISODES] else _recorded_steps(table)
-            )
-        except (UnreadableError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise RunError(
-                f"{file} holds what RLlib 2.60 doesn't write ({type(error).__name__}: {error}); record it anew"
-            ) from error
+def _joined_once(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """The pieces of what was written at once, in which nothing comes twice, as far as they go on with one another."""
+    unfinished: dict[str, Piece] = {}
+    for piece in pieces:
+        if before := unfinished.pop(piece.game, None):
+            if (both := _together(before, piece)) is None and not before.begins(piece):
+                yield before
+            piece = both or piece
+        if piece.is_over:
+            yield piece
+        else:
+            unfinished[piece.game] = piece
+    yield from unfinished.values()
+
+
+def _together(before: Piece, piece: Piece) -> Piece | None:
+    """None for two fragments of a game, with a gap between them."""
+    if before.goes_on_with(piece):
+        return before.joined(piece)
+    return before if before.holds(piece) else None
+
+
+def _folders(path: Path) -> Iterator[Iterator[Piece]]:
+    """RLlib makes a folder each time that it writes. Where it is to write rows without output_max_rows_per_file, all
+    that it has written before is in there once more."""
+    for _, files in groupby(_files(path), key=lambda file: file.parent):
+        yield chain.from_iterable(map(_pieces, files))
+
+
+def _pieces(file: Path) -> Iterator[Piece]:
+    check_columns(file)
+    try:
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(BATCH_ROWS):
+                yield from (
+                    _recorded_episodes(batch) if batch.schema.names == [EPISODES] else _recorded_steps(batch)
+                )
+    except (pa.ArrowException, OSError) as error:
+        raise RunError(f"can't read {file}: {error}; take another copy of it") from error
+    except (UnreadableError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise RunError(
+            f"{file} holds what RLlib 2.60 doesn't write ({type(error).__name__}: {error}); record it anew"
+        ) from error
 
 
 def _files(path: Path) -> list[Path]:
@@ -127,8 +178,8 @@ def _rows(data: Any) -> list[Any]:
     return list(data)
 
 
-def _recorded_episodes(table: pa.Table) -> Iterator[Piece]:
-    for packed in table.column(EPISODES).to_pylist():
+def _recorded_episodes(batch: pa.RecordBatch) -> Iterator[Piece]:
+    for packed in batch.column(EPISODES).to_pylist():
         state = unpack(packed)
         extra = state["extra_model_outputs"] or {}
         yield Piece(
@@ -146,18 +197,11 @@ def _recorded_episodes(table: pa.Table) -> Iterator[Piece]:
 # A row for each step ------------------------------------------------------------------------------------------
 
 
-def _recorded_steps(table: pa.Table) -> Iterator[Piece]:
+def _recorded_steps(batch: pa.RecordBatch) -> Iterator[Piece]:
     """A piece for each step; where a step begins is not told, so that a game is told by what it shows."""
-    for name in ("obs", "new_obs", "actions"):
-        kind = table.schema.field(name).type
-        if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
-            raise ValueError(
-                f"column {name} holds compressed pickles, which are never read: record with "
-                "offline_data(output_compress_columns=[])"
-            )
-    ends = {"terminateds", "truncateds"} & set(table.column_names)
-    names = [*STEPS, *ends, *({LOGITS, VALUES} & set(table.column_names))]
-    for row in zip(*(_plain(table.column(name)) for name in names), strict=True):
+    ends = {"terminateds", "truncateds"} & set(batch.schema.names)
+    names = [*STEPS, *ends, *({LOGITS, VALUES} & set(batch.schema.names))]
+    for row in zip(*(_plain(batch, name) for name in names), strict=True):
         step = dict(zip(names, row, strict=True))
         yield Piece(
             game=str(step["eps_id"]),
@@ -171,7 +215,37 @@ def _recorded_steps(table: pa.Table) -> Iterator[Piece]:
         )
 
 
-def _plain(column: pa.ChunkedArray) -> list[Any]:
-    """Python's values; of ray's tensors, where ray has made them known in this process, what lies beneath."""
-    chunks = [chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk for chunk in column.chunks]
-    return [value for chunk in chunks for value in chunk.to_pylist()]
+def _plain(batch: pa.RecordBatch, name: str) -> list[Any]:
+    """Python's values, but arrays for lists of numbers; ray's tensors in their own shape."""
+    column = batch.column(name)
+    column = column.storage if isinstance(column, pa.ExtensionArray) else column
+    items = _arrays(column) if _holds_numbers(column) else column.to_pylist()
+    shape = _tensor_shape(batch.schema.field(name))
+    return items if shape is None else [np.reshape(item, shape) for item in items]
+
+
+def _holds_numbers(column: pa.Array) -> bool:
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    is_plain = is_list and (pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type))
+    return is_plain and not column.null_count and not column.values.null_count
+
+
+def _arrays(column: pa.ListArray) -> list[np.ndarray]:
+    """Copies: a view of one row would keep the whole batch."""
+    values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+    return [values[begin:end].copy() for begin, end in pairwise(offsets)]
+
+
+def _tensor_shape(field: pa.Field) -> list[int] | None:
+    """Of each of ray's tensors, which lie there flat. None for anything else, and for what isn't JSON: pickles."""
+    if isinstance(field.type, pa.ExtensionType):  # ray has made them known in this process
+        name, shape = field.type.extension_name, getattr(field.type, "shape", None)
+        return list(shape) if name.startswith(TENSOR) and shape and None not in shape else None
+    metadata = field.metadata or {}
+    if not metadata.get(b"ARROW:extension:name", b"").startswith(TENSOR.encode()):
+        return None
+    try:
+        return json.loads(metadata[b"ARROW:extension:metadata"])
+    except ValueError:
+        return None

@@ -113,10 +113,12 @@ def encode_episodes(stored: Sequence[StoredEpisode]) -> bytes:
 
 def episodes_to_arrow(stored: Sequence[StoredEpisode]) -> pa.RecordBatch:
     """One row for each episode; policies are dense."""
-    return _batch(_columns(stored), EPISODES)
+    policies = [item.episode.policies for item in stored]
+    return _batch(_columns(stored) | {"policies": _lists(policies, _ARRAYS["policies"])}, EPISODES)
 
 
 def _columns(stored: Sequence[StoredEpisode]) -> dict[str, Any]:
+    """All but the policies."""
     episodes = [item.episode for item in stored]
     columns: dict[str, Any] = {"key": [item.key for item in stored]}
     for name in _SCALARS:
@@ -125,7 +127,7 @@ def _columns(stored: Sequence[StoredEpisode]) -> dict[str, Any]:
     columns["observation_dtype"] = [str(episode.observations.dtype) for episode in episodes]
     columns["observation_shape"] = [list(episode.observations.shape[1:]) for episode in episodes]
     columns["observations"] = _binary([episode.observations for episode in episodes])
-    for name in _ARRAYS:
+    for name in _ARRAYS.keys() - {"policies"}:
         columns[name] = _lists([getattr(episode, name) for episode in episodes], _ARRAYS[name])
     return columns
 
@@ -159,7 +161,6 @@ def encode_targets(targets: Sequence[Targets]) -> bytes:
     columns = {
         "key": [item.key for item in targets],
         "version": [item.version for item in targets],
-        "policies": _lists([item.policies for item in targets], _ARRAYS["policies"]),
         "root_values": _lists([item.root_values for item in targets], _ARRAYS["root_values"]),
     }
     return _encode(columns, [item.policies for item in targets], TARGETS, SPARSE_TARGETS)
@@ -204,10 +205,10 @@ def decode_state(payload: bytes | memoryview) -> dict[str, Any]:
 def _encode(
     columns: dict[str, Any], policies: Sequence[np.ndarray], dense: pa.Schema, sparse: pa.Schema
 ) -> bytes:
-    """The payload of columns, in which policies [T, A] become sparse where that saves most of them."""
+    """The payload of columns and policies [T, A], which become sparse where that saves most of them."""
     thinned = _thinned(policies)
     if thinned is None:
-        return _pack(_batch(columns, dense))
+        return _pack(_batch(columns | {"policies": _lists(policies, _ARRAYS["policies"])}, dense))
     return _pack(_batch(columns | thinned, sparse), _IS_SPARSE)
 
 

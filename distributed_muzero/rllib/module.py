@@ -20,13 +20,10 @@ from distributed_muzero.algorithm.planning import Plan, plan_batch
 from distributed_muzero.environments.gymnasium import code_observations
 from distributed_muzero.errors import ConfigError, ContractError
 from distributed_muzero.networks.inference import SearchModel, make_search_model
+from distributed_muzero.rllib.masks import MASK, key_beside_mask, masked_key
 from distributed_muzero.rllib.module_files import SETTINGS, ModuleFiles
 from distributed_muzero.rllib.module_settings import ModuleSettings
 
-OBSERVATIONS, MASK = (
-    "observations",
-    "action_mask",
-)  # of an observation with legal moves, as in RLlib's examples
 HISTORY = "history"  # in a stateful module's state: the last N - 1 observations
 FORBIDDEN = torch.finfo(torch.float32).min  # as a logit: -inf would make an entropy NaN
 
@@ -43,9 +40,9 @@ class Seen(NamedTuple):
 class MuZeroModule(ModuleFiles, TorchRLModule, ValueFunctionAPI):
     """The policy of a run's checkpoint, by the prior alone or by a search with `num_simulations`.
 
-    Observations are those of the run's environment, discrete ones as numbers or one-hot, or
-    {"observations": …, "action_mask": [A]}; actions are flat, Discrete(A). With a search, inference plays what
-    `evaluate` plays, and exploration draws from the search's policy, without noise at the root. Training gives the
+    Observations are those of the run's environment, discrete ones as numbers or one-hot, or such a one beside its
+    mask (`rllib.masks`); actions are flat, Discrete(A). With a search, inference plays what `evaluate` plays, and
+    exploration draws from the search's policy, without noise at the root. Training gives the
     prior and, by `compute_values`, the value: an algorithm of RLlib's can go on from there, and the model behind the
     search isn't trained then.
     """
@@ -121,7 +118,11 @@ class MuZeroModule(ModuleFiles, TorchRLModule, ValueFunctionAPI):
         """Raises ContractError for observations of another shape than the run's."""
         shown, legal = batch[Columns.OBS], None
         if isinstance(shown, dict):
-            shown, legal = shown[OBSERVATIONS], shown[MASK] != 0
+            if (key := key_beside_mask(shown)) is None:
+                raise ContractError(
+                    f"observations came as a Dict of {sorted(shown)}; expected {MASK} and one more"
+                )
+            shown, legal = shown[key], shown[MASK] != 0
             legal = legal.reshape(-1, self.settings.spec.num_actions)
         observations = torch.as_tensor(shown) if self._encode is None else self._encode(shown)
         shape = self.settings.spec.observation_shape
@@ -143,8 +144,8 @@ class MuZeroModule(ModuleFiles, TorchRLModule, ValueFunctionAPI):
     def _encoding(self) -> Callable[[Any], Tensor] | None:
         """From numbers of discrete observations to one-hots, for [B, …] or [B, T, …]; None: they come as arrays."""
         space = self.observation_space
-        if isinstance(space, spaces.Dict) and set(space.keys()) == {OBSERVATIONS, MASK}:
-            space = space[OBSERVATIONS]
+        if key := masked_key(space):
+            space = space[key]
         spec = self.settings.spec
         if space is None or space.shape == spec.observation_shape:
             return None

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from distributed_muzero.environments.base import EnvironmentSpec
-from distributed_muzero.environments.gymnasium import code_actions, code_observations
+from distributed_muzero.environments.gymnasium import MAX_REWARD, code_actions, code_observations
 from distributed_muzero.errors import EnvironmentFailure, NonFiniteError
 from distributed_muzero.rllib.masks import MASK, masked_key
 from distributed_muzero.rllib.zero_sum import Accounts
@@ -49,6 +49,7 @@ class MultiAgentEnvironment:
         self._num_steps = 0
         self._playing = False
         self._truncated = False
+        self._is_zero_sum = False  # once a game's rewards have been checked
         self._legal = np.zeros(self.spec.action_shape, dtype=bool)
 
     def initial_state(self, seed: int | None = None) -> np.ndarray:
@@ -80,6 +81,12 @@ class MultiAgentEnvironment:
         if not (terminated or truncated) and (found := self._next_agent(seen)) != following:
             raise self._failure(f"{found!r} is to move twice in a row; expected turns to alternate")
         limit = truncated or self._num_steps >= self._max_episode_steps
+        self._is_zero_sum |= self._accounts.was_checked
+        if limit and not self._is_zero_sum and self.spec.num_players == 2 and not self._accounts.is_empty:
+            raise self._failure(
+                "nobody has told both players' rewards by max_episode_steps, so that they can't be checked; expected a "
+                "zero-sum game: give both their rewards in some step, or let games end before"
+            )
         self._truncated = limit and not terminated
         self._playing = not (terminated or limit)
         if terminated and following not in seen:  # nobody bootstraps from it
@@ -110,8 +117,8 @@ class MultiAgentEnvironment:
     def _reward(self, rewards: dict[Any, float], is_over: bool) -> float:
         told = [rewards.get(agent) for agent in self._seats]
         named = [float(reward) for reward in told if reward is not None]
-        if not np.isfinite(named).all():
-            raise NonFiniteError(f"{self._where()}: the rewards are {rewards}; expected finite numbers")
+        if not (np.abs(named) <= MAX_REWARD).all():  # a NaN compares false
+            raise NonFiniteError(f"{self._where()}: the rewards are {rewards}; expected finite float32s")
         if len(told) == 1:
             return sum(named)
         try:

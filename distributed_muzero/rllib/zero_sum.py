@@ -16,12 +16,15 @@ class Accounts:
       keeps a player's until then, those for its own move included;
     - else the mover, if they name it: environments that reward each move at once, and only who made it.
 
-    Where both are named, and at the end, both have been told everything: then their sums must cancel.
+    Where both are named, and at the end, both have been told everything: then their sums must cancel. A game that is
+    cut elsewhere ends unchecked.
     """
 
     def __init__(self) -> None:
         self._earned = [0.0, 0.0]
         self._balance = 0.0  # player 0's gain so far, as far as it is known
+        self.is_empty = True  # nobody has been told anything but 0
+        self.was_checked = False  # both had been told everything, and it cancelled
 
     def add(self, rewards: tuple[float | None, float | None], mover: int, is_over: bool) -> float:
         """rewards: of player 0 and 1 in this step, None = not named. Returns the mover's.
@@ -31,6 +34,7 @@ class Accounts:
         other = 1 - mover
         for player, reward in enumerate(rewards):
             self._earned[player] += reward or 0.0
+        self.is_empty &= not any(rewards)
         if is_over or None not in rewards:
             self._check()
         before = self._balance
@@ -51,3 +55,4 @@ class Accounts:
                 f"who moved first has earned {first:g} by now and the other player {second:g}; expected one's gain to "
                 "be the other's loss: give both their rewards, and mask illegal actions rather than punishing them"
             )
+        self.was_checked = True

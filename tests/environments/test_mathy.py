@@ -268,6 +268,8 @@ def test_a_move_at_which_mathy_fails_is_told():
         ("xy^2", r"misreads the problem 'xy\^2' as y\^2 \* x \* y; write \* between factors"),
         ("a/(b/c)", r"loses brackets of the problem 'a/\(b/c\)': it writes a / b / c"),
         ("(2x)^2 + x", r"it writes 2x\^2 \+ x"),
+        ("1.5^400", "isn't known within"),
+        ("x - 4^2 + 3x + x^0.5 + 10^15", "value isn't known within 1e-06"),
     ],
 )
 def test_a_problem_that_mathy_gets_wrong_is_refused_where_moves_must_be_right(problem, message):
@@ -282,6 +284,8 @@ def test_a_problem_that_mathy_gets_wrong_is_refused_where_moves_must_be_right(pr
         ("2^-1 + x", "2^-1", None),
         ("x - 4^2", "- 4^2", "x + -4^2"),  # mathy reads that as x + (-4)^2
         ("7 - (2 + x)", "- (2 + x)", "7 + (-2 + x)"),
+        ("x - 4^2 + 3x + 0.5y + 10^15", "- 4^2", "x + -4^2 + 3x + 0.5y + 10^15"),
+        ("x - 4^2 + x^0.5 + 10^5", "- 4^2", "x + -4^2 + x^0.5 + 10^5"),
     ],
 )
 def test_moves_that_mathy_gets_wrong_are_forbidden_where_asked_for(problem, part, wrong):
@@ -295,7 +299,7 @@ def test_moves_that_mathy_gets_wrong_are_forbidden_where_asked_for(problem, part
 
 @pytest.mark.parametrize(
     "problem",
-    ["1/3", "0.1 + 0.2", "9999999999999999999 + 1", "2^62", "(0 - 8)^0.5", "1.5^400", "3! * x + sgn(x)"],
+    ["1/3", "0.1 + 0.2", "9999999999999999999 + 1", "2^62", "(0 - 8)^0.5", "1.5^20", "3! * x + sgn(x)"],
 )
 def test_arithmetic_within_rounding_is_right(problem):
     loose, sound = make("poly-easy", problem=problem), make("poly-easy", problem=problem, sound=True)

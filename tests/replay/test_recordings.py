@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -75,7 +78,8 @@ def test_recorded_logits_and_values_are_used(tmp_path):
 
 
 def test_masks_discrete_observations_and_joint_actions(tmp_path):
-    masked = [{"observations": np.int64(i), "action_mask": np.float32([1, 0, 1])} for i in (3, 1)]
+    # Under any other name, as in environments.
+    masked = [{"obs": np.int64(i), "action_mask": np.float32([1, 0, 1])} for i in (3, 1)]
     extra = {"action_dist_inputs": [np.float32([0, 7, 0])]}
     [episode] = read(write(tmp_path / "a", recorded(masked, [2], [0.0], extra_model_outputs=extra)), LAKE)
     validate(episode, LAKE, 100)
@@ -83,6 +87,18 @@ def test_masks_discrete_observations_and_joint_actions(tmp_path):
     joint = VECTOR._replace(action_shape=(2, 3))
     item = recorded([np.zeros(2, np.float32)] * 2, [np.int64([1, 2])], [0.0])
     assert read(write(tmp_path / "b", item), joint)[0].actions.tolist() == [5]
+
+
+def test_logits_of_an_actions_parts_are_multiplied_and_those_of_flat_actions_are_not(tmp_path):
+    spec = VECTOR._replace(action_shape=(2, 2))
+    logits = np.log(np.float32([0.25, 0.75, 0.1, 0.9]))
+    options = {"extra_model_outputs": {"action_dist_inputs": [logits]}}
+    for name, action in (("parts", np.int64([1, 0])), ("flat", 2)):
+        write(tmp_path / name, recorded([np.zeros(2, np.float32)] * 2, [action], [0.0], **options))
+    [parts], [flat] = read(tmp_path / "parts", spec), read(tmp_path / "flat", spec)
+    assert parts.actions == flat.actions == 2
+    assert np.allclose(parts.policies, [[0.025, 0.225, 0.075, 0.675]])
+    assert np.allclose(flat.policies, np.array([[0.25, 0.75, 0.1, 0.9]]) / 2)
 
 
 def test_pieces_of_a_game_are_joined_and_a_game_that_goes_on_is_cut(tmp_path):
@@ -117,10 +133,73 @@ def test_rows_of_steps_are_joined_by_what_they_show(tmp_path):
     assert found["rllib/a"].observations[:, 0].tolist() == [0, 1, 2] and found["rllib/a"].terminated
 
 
+def write_steps(folder, *tables):
+    """A folder for each time of writing, as RLlib does."""
+    for number, table in enumerate(tables):
+        (folder / str(number)).mkdir(parents=True)
+        pq.write_table(table, folder / str(number) / "0.parquet")
+    return folder
+
+
+def test_rows_written_again_are_not_appended_where_a_game_comes_back_to_its_start(tmp_path):
+    away, back = ("a", [0.0, 0.0], 0, [1.0, 0.0], False), ("a", [1.0, 0.0], 1, [0.0, 0.0], False)
+    last = ("a", [0.0, 0.0], 2, [2.0, 0.0], True)
+    again = write_steps(tmp_path / "again", steps(away, back), steps(away, back, last))
+    [episode] = read(again)
+    assert episode.actions.tolist() == [0, 1, 2] and episode.terminated
+    goes_on = write_steps(tmp_path / "goes on", steps(away, back), steps(last))
+    assert read(goes_on)[0].actions.tolist() == [0, 1, 2]
+
+
+def test_fragments_of_a_game_behind_a_gap_are_numbered(tmp_path):
+    rows = [("a", [float(i), 0.0], 0, [i + 1.0, 0.0], i == 6) for i in range(7)]
+    folder = write_steps(tmp_path, steps(*rows[:2]), steps(*rows[3:4]), steps(*rows[5:]))
+    found = {episode.episode_id: episode.num_steps for episode in read(folder)}
+    assert found == {"rllib/a": 2, "rllib/a#2": 1, "rllib/a#3": 2}
+
+
+def tensors(arrays):
+    """A column as Ray writes it: flat lists, whose shape stands in the schema."""
+    kind = pa.large_list(pa.float32())
+    shape = json.dumps(arrays[0].shape).encode()
+    metadata = {b"ARROW:extension:name": b"ray.data.arrow_tensor_v2", b"ARROW:extension:metadata": shape}
+    return pa.field("", kind, metadata=metadata), pa.array([array.ravel() for array in arrays], kind)
+
+
+@pytest.mark.parametrize("as_steps", [False, True])
+def test_frames_of_another_shape_are_not_taken_for_the_environments(tmp_path, as_steps):
+    spec = EnvironmentSpec("frames", (3, 2, 2), np.dtype(np.float32), (3,))
+    right, flat = np.arange(12, dtype=np.float32).reshape(3, 2, 2), np.arange(12, dtype=np.float32)
+    for number, frame in enumerate((right, flat, right.transpose(1, 2, 0).copy())):
+        folder = tmp_path / str(number)
+        if as_steps:
+            folder.mkdir()
+            table = steps(("a", [], 0, [], True))
+            for name in ("obs", "new_obs"):
+                field, column = tensors([frame])
+                table = table.set_column(table.column_names.index(name), field.with_name(name), column)
+            pq.write_table(table, folder / "1.parquet")
+        else:
+            write(folder, recorded([frame] * 2, [0], [0.0]))
+        [episode] = read(folder, spec)
+        if number < 2:
+            assert (episode.observations == right).all()
+        else:
+            with pytest.raises(RejectedEpisode, match="observations"):
+                validate(episode, spec, 100)
+
+
 def test_pickles_are_never_read(tmp_path):
     pq.write_table(steps(("a", "BCJNGGhAjwAA", 0, "BCJNGGhAjwAA", True)), tmp_path / "1.parquet")
     with pytest.raises(RunError, match="output_compress_columns"):
         read(tmp_path)
+    right = write_steps(tmp_path / "right", steps(("a", [0.0, 0.0], 0, [1.0, 0.0], True)))
+    packed = steps(("a", b"BCJ", 0, b"BCJ", True))
+    packed = packed.set_column(1, "obs", packed.column("obs").cast(pa.large_binary()))
+    later = write_steps(tmp_path / "later", pq.read_table(right), packed)
+    offline = make_config({"actor": {"num_actors": 0}})
+    with pytest.raises(RunError, match=r"column (new_)?obs holds pickles"):
+        check_datasets([right, later], VECTOR, offline)  # before anything is stored
     data = {b"nd": True, b"type": "|O", b"kind": b"O", b"shape": [1], b"data": b"cos\nsystem\n."}
     assert unpack(pack({"array": data})) == {"array": None}
 
@@ -134,6 +213,7 @@ def test_pickles_are_never_read(tmp_path):
         ("not_finite", [np.float32([np.nan, 0])] * 2, [0], 0.0),
         ("not_finite", [np.zeros(2, np.float32)] * 2, [0], 1e300),
         ("shape", [{"camera": np.zeros(2, np.float32)}] * 2, [0], 0.0),
+        ("shape", [{"obs": np.zeros(2, np.float32), "action_mask": np.ones(5)}] * 2, [0], 0.0),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_reason(tmp_path, reason, observations, actions, reward):
@@ -150,6 +230,9 @@ def test_damage_and_other_files_are_told(tmp_path):
     assert not is_recording(tmp_path / "nothing")
     write_dataset(tmp_path / "own.parquet", [StoredEpisode(0, make_episode(5))])
     assert not is_recording(tmp_path / "own.parquet")
+    (folder / "later.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RunError, match="can't read"):
+        check_datasets([folder], VECTOR, make_config({"actor": {"num_actors": 0}}))
     two = VECTOR._replace(num_players=2)
     with pytest.raises(RunError, match="one player's turns"):
         check_datasets([folder], two, make_config({"actor": {"num_actors": 0}}))
@@ -180,6 +263,15 @@ def test_ours_come_back_and_rllib_takes_them(tmp_path, terminated):
 def test_games_for_two_are_not_written(tmp_path):
     with pytest.raises(RunError, match="game for two"):
         write_recording(tmp_path / "out", lambda: [StoredEpisode(0, make_episode(4, two_players=True))])
+    assert not list(tmp_path.iterdir())
+
+
+def test_masks_that_come_while_the_run_is_read_are_told(tmp_path):
+    masked = make_episode(4)
+    plain = replace(masked, legal_masks=np.ones_like(masked.legal_masks))
+    reads = iter(([plain], [plain, masked]))
+    with pytest.raises(RunError, match="export again"):
+        write_recording(tmp_path / "out", lambda: [StoredEpisode(0, episode) for episode in next(reads)])
     assert not list(tmp_path.iterdir())
 
 

@@ -76,6 +76,8 @@ def test_plays_legal_moves_only_for_the_player_to_move(tmp_path, num_simulations
     shown = {"observations": torch.from_numpy(observations), "action_mask": torch.from_numpy(legal).float()}
     module = MuZeroModule.from_checkpoint(folder)
     assert chosen(module, {Columns.OBS: shown}) == actions
+    renamed = {"board": shown["observations"], "action_mask": shown["action_mask"]}
+    assert chosen(module, {Columns.OBS: renamed}) == actions
     probabilities = module.forward_exploration({Columns.OBS: shown})[Columns.ACTION_DIST_INPUTS].softmax(-1)
     assert probabilities[~torch.from_numpy(legal)].max() == 0
 
@@ -103,6 +105,11 @@ def test_reads_discrete_observations_as_numbers_and_one_hot(tmp_path):
     as_number = MuZeroModule.from_checkpoint(folder, observation_space=spaces.Discrete(16))
     expected = one_hot.forward_inference({Columns.OBS: torch.eye(16)})
     found = as_number.forward_inference({Columns.OBS: torch.arange(16)})
+    assert torch.equal(found[Columns.ACTION_DIST_INPUTS], expected[Columns.ACTION_DIST_INPUTS])
+    masked = spaces.Dict(place=spaces.Discrete(16), action_mask=spaces.MultiBinary(4))
+    module = MuZeroModule.from_checkpoint(folder, observation_space=masked)
+    shown = {"place": torch.arange(16), "action_mask": torch.ones(16, 4)}
+    found = module.forward_inference({Columns.OBS: shown})
     assert torch.equal(found[Columns.ACTION_DIST_INPUTS], expected[Columns.ACTION_DIST_INPUTS])
 
 

@@ -47,6 +47,14 @@ def test_the_end_by_the_rules_wins_over_a_limit_and_a_limit_truncates():
     assert environment.truncated and len(steps) == 3
 
 
+def test_rewards_that_were_never_checked_are_refused_at_the_limit():
+    both_gain = ({"white": 1}, {"black": 1}, {"white": 1}, {"black": 1})
+    with pytest.raises(EnvironmentFailure, match="step 3: nobody has told both players' rewards"):
+        played({"rewards": both_gain}, max_episode_steps=3)
+    checked_once = ({"white": 1}, {"white": 0, "black": -1}, {"white": 1}, {})
+    assert len(played({"rewards": checked_once}, max_episode_steps=3)[1]) == 3
+
+
 def test_a_last_observation_may_be_missing_only_where_nothing_bootstraps_from_it():
     _, steps = played({"everybody_at_the_end": False})
     assert steps[-1][1].tolist() == [0, 0]
@@ -114,6 +122,7 @@ class WithoutAll(Count):
             EnvironmentFailure,
             "step 4: .*the other player 1; expected",
         ),
+        ({"rewards": ({"white": 1e39, "black": -1e39},)}, NonFiniteError, "step 1: the rewards are"),
         ({"rewards": ({"white": np.nan},)}, NonFiniteError, "step 1: the rewards are"),
         ({"seen": lambda: np.zeros(3)}, EnvironmentFailure, r"has shape \(3,\), its space says \(2,\)"),
         ({"seen": lambda: "a board"}, EnvironmentFailure, "the observation 'a board' doesn't fit"),
