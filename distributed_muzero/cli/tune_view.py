@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 
 MAX_ROWS = 30
+WIDE = 200
 
 
 class TrialsTable:
@@ -48,9 +49,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The best first."""
     table = Table()
     for name in rows[0] if rows else ():
-        table.add_column(
-            name, justify="left" if name in ("trial", "state") else "right", no_wrap=name == "trial"
-        )
+        table.add_column(name, justify="left" if name in ("trial", "state") else "right", no_wrap=True)
     ranked = sorted(rows, key=lambda row: (row["evaluation"] is None, -(row["evaluation"] or 0.0)))
     for row in ranked[:MAX_ROWS]:
         table.add_row(*(shown(value) for value in row.values()))
@@ -60,8 +59,9 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def print_trials(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The last word on all trials, on standard output."""
-    Console().print(table_of(rows))
+    """The last word on all trials, on standard output; whole, where that is no terminal."""
+    console = Console()
+    Console(width=None if console.is_terminal else WIDE).print(table_of(rows))
 
 
 def shown(value: Any) -> str:
