@@ -41,6 +41,7 @@ from distributed_muzero.workers.snapshot import copy_run
 NAME = "DistributedMuZero"
 SETTINGS_FILE, STATE_FILE, RUN_FOLDER = "muzero_config.yaml", "muzero_state.json", "run"
 NOT_SAVED = ("tensorboard", "history", "videos")
+START_SECONDS = 300.0  # for processes to start, on a machine that is busy
 EVALUATION_STREAM = 10**12  # its games are no others': the run's own use learner steps as seeds
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,8 @@ class DistributedMuZero(Trainable):
         self._book: Bookkeeper | None = None
         self._builder = Builder(self._plan.config, NAME)
         self._evaluator: Evaluator | None = None
-        self._is_over = False
+        self._is_over = self._is_stopped = False
+        self._has_played = False  # in this launch
         self._reported = Counts()
         self._seconds = 0.0  # in turns
         self.algorithm_config.to_yaml()  # raises for what couldn't be saved later
@@ -88,18 +90,26 @@ class DistributedMuZero(Trainable):
     # One iteration -----------------------------------------------------------------------------------------------
 
     def step(self) -> dict[str, Any]:
-        """An iteration, of so many seconds and environment steps as `.reporting()` asks for at least."""
+        """An iteration, of so many seconds and environment steps as `.reporting()` asks for at least.
+
+        The first one begins when somebody plays, or after START_SECONDS.
+        """
         given, began = self._plan.given, time.monotonic()
         book = self._begun()
         before = self._reported
         is_over = False
+        if not self._has_played:
+            while not is_over and not self._has_played and time.monotonic() - began < START_SECONDS:
+                is_over = not self._take_turn()
+                self._has_played = book.state.env_steps > before.env_steps or book.config.is_offline
+            began = time.monotonic()
         while not is_over and (
             time.monotonic() - began < given.min_seconds
             or book.state.env_steps - before.env_steps < given.min_env_steps
         ):
             is_over = not self._take_turn()
         now = self._reported = Counts.of(book.state, self._seconds)
-        found = result(book.state, now, before, book.config.learner.batch_size, book.status)
+        found = result(book.state, now, before, book.config.learner.batch_size, book.crew.live, book.status)
         if given.evaluation_interval and (self.iteration + 1) % given.evaluation_interval == 0:
             found["evaluation"] = self.evaluate()
         return {**found, "done": is_over}
@@ -167,7 +177,7 @@ class DistributedMuZero(Trainable):
     # What is saved -----------------------------------------------------------------------------------------------
 
     def save_to_path(self, path: str | Path | None = None) -> str:
-        """Saves what the run can go on from, here or in another process, into a new or empty folder; returns its path.
+        """Saves what the run can go on from, here or in another process; what was saved there before is replaced.
 
         Weights, optimizer, what was played unless `store_buffer_in_checkpoints` is False, counts, and the settings.
         Raises RunError.
@@ -206,7 +216,10 @@ class DistributedMuZero(Trainable):
         settings = self.algorithm_config.to_yaml()
         self._saved()
         left_out = NOT_SAVED if self._plan.given.store_buffer else (*NOT_SAVED, "replay")
-        copy_run(self._run_folder().path, folder / RUN_FOLDER, left_out)
+        new, target = folder / f".{RUN_FOLDER}-{uuid.uuid4().hex[:8]}", folder / RUN_FOLDER
+        copy_run(self._run_folder().path, new, left_out)
+        shutil.rmtree(target, ignore_errors=True)  # what was saved there before
+        new.rename(target)
         state = {"training_iteration": self.iteration, "time_total_s": self._time_total}
         write_atomically(folder / STATE_FILE, to_json(state))
         write_atomically(folder / SETTINGS_FILE, settings.encode())
@@ -227,7 +240,10 @@ class DistributedMuZero(Trainable):
 
     def _begun(self) -> Bookkeeper:
         """The book of the launch, which starts with the first call. Raises RunIsOver after a stop."""
+        if self._is_stopped:
+            raise RunIsOver("stop() has ended this algorithm; from_checkpoint() goes on from what was saved")
         if self._turns is None:
+            self._has_played = False
             folder = self._run_folder()
             _going_on.add(self)
             if not self._plan.in_process and not ray.is_initialized():
@@ -316,6 +332,7 @@ class DistributedMuZero(Trainable):
         with self._ray:
             self._end()
             self._forget_folder()
+            self._is_stopped = True
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Another trial, or the same with other settings, in this process."""

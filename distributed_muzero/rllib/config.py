@@ -61,6 +61,8 @@ class MuZeroConfig(_Config):
         if isinstance(env, type):
             creator, env = env, f"{env.__module__}.{env.__qualname__}"
             tune.register_env(env, creator)
+        if env is not None and not isinstance(env, (str, Domain)):
+            raise ConfigError(f"env {env!r}: expected an id, a class, or a name given to tune.register_env")
         return self._set("environment", settings if env is None else {"env": env, **settings})
 
     def env_runners(self, **settings: Any) -> Self:
@@ -185,7 +187,10 @@ class MuZeroConfig(_Config):
             return settings[name]
         if name in SETTINGS:
             raise AttributeError(f"{name} wasn't set; plan().config holds what is used in its place")
-        raise AttributeError(_unknown(name))
+        raise AttributeError(
+            f"MuZeroConfig has no {name!r}: its methods are {', '.join(METHODS)}; "
+            "docs/rllib.md says what stands for others of RLlib's"
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.update_from_dict({name: value})

@@ -41,9 +41,9 @@ class Counts(NamedTuple):
 
 
 def result(
-    state: RunState, now: Counts, before: Counts, batch_size: int, status: Mapping[str, Any]
+    state: RunState, now: Counts, before: Counts, batch_size: int, num_live: int, status: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Of one iteration.   before: how far the run was when it began.   status: the run's last one."""
+    """Of one iteration.   before: how far the run was when it began.   num_live: actors.   status: the last one."""
     this = now.since(before)
     rows = this.learner_steps * batch_size
     metrics = state.learner.metrics
@@ -72,7 +72,7 @@ def result(
         "num_env_steps_sampled_lifetime_throughput": this.env_steps / max(this.seconds, 1e-9),
         "num_grad_updates_lifetime": now.learner_steps,
         "fault_tolerance": {
-            "num_healthy_workers": status.get("actors", {}).get("live", 0),
+            "num_healthy_workers": num_live,
             "num_remote_worker_restarts": status.get("restarts", 0),
         },
         "samples_per_insert": status.get("samples_per_insert"),

@@ -76,8 +76,10 @@ def _domain(name: str, line: Any, path: Path) -> Domain:
     try:
         numbers = [float(number) for number in arguments]
         is_whole = kind in ("randint", "lograndint")
+        if numbers[0] >= numbers[1]:
+            raise ConfigError(f"{path}: {name}: {kind} {arguments}: expected the lower end first")
         return KINDS[kind](*(int(number) if is_whole else number for number in numbers))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise ConfigError(f"{path}: {name}: {kind} {arguments}: {error}") from None
 
 

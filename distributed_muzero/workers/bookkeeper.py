@@ -247,6 +247,11 @@ class Bookkeeper:
             self.write_status("running", self._record())
         return is_due
 
+    @property
+    def crew(self) -> Crew:
+        """Who was at work in the last turn."""
+        return self._crew
+
     def take_shards(self, shards: Sequence[Mapping[str, float]]) -> None:
         """How the shards stand in the end, after the last tick."""
         self._shards = shards

@@ -11,7 +11,7 @@ import pytest
 from ray import tune
 
 from distributed_muzero.checkpoint import latest_checkpoint
-from distributed_muzero.errors import ConfigError, ContractError, EnvironmentFailure, RunError
+from distributed_muzero.errors import ConfigError, ContractError, EnvironmentFailure, RunError, RunIsOver
 from distributed_muzero.rllib import DistributedMuZero, MuZeroConfig
 
 
@@ -182,6 +182,27 @@ algorithm.train()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "Exception" not in done.stderr, done.stderr
+
+
+def test_a_path_may_be_saved_to_again(made, tmp_path):
+    algorithm = made(small())
+    for _ in range(2):
+        last = algorithm.train()
+        algorithm.save_to_path(tmp_path / "saved")
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        "muzero_config.yaml", "muzero_state.json", "run",
+    ]  # fmt: skip
+    again = DistributedMuZero.from_checkpoint(tmp_path / "saved")
+    assert again.iteration == 2 and steps_of(again.train())[0] >= steps_of(last)[0] + 150
+    again.stop()
+
+
+def test_after_stop_nothing_goes_on(made):
+    algorithm = made(small())
+    algorithm.train()
+    algorithm.stop()
+    with pytest.raises(RunIsOver, match=r"stop\(\) has ended this algorithm"):
+        algorithm.train()
 
 
 def test_a_folder_without_a_saved_one_is_refused(made, tmp_path):

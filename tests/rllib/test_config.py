@@ -147,6 +147,10 @@ REFUSED = {
         lambda: MuZeroConfig().training(num_simulations=8, search={"num_simulations": 4}).validate(),
         "num_simulations and search.num_simulations are both set",
     ),
+    "a function": (
+        lambda: MuZeroConfig().environment(lambda config: None),
+        "expected an id, a class, or a name given to tune.register_env",
+    ),
     "a rate twice": (
         lambda: MuZeroConfig().training(lr=0.1, learner={"learning_rate": 0.2}).validate(),
         "lr and learner.learning_rate are both set",

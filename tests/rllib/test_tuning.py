@@ -52,6 +52,7 @@ BAD_SPACES = {
     "an unknown kind": ("lr: {normal: [0, 1]}", "no kind 'normal'; expected one of uniform"),
     "no list": ("lr: {uniform: 3}", "uniform: 3: expected a list"),
     "too few": ("lr: {uniform: [3]}", "lr: uniform"),
+    "the wrong way round": ("lr: {loguniform: [1.0e-2, 5.0e-4]}", "expected the lower end first"),
     "text": ("lr: {uniform: [a, b]}", "lr: uniform"),
     "no YAML": ("lr: {", "can't read the space"),
 }
