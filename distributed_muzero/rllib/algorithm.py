@@ -10,7 +10,7 @@ import tempfile
 import time
 import uuid
 import weakref
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ray.tune import Trainable
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 
 from distributed_muzero import checkpoint
+from distributed_muzero.algorithm.planning import as_array, legal_mask, plan_batch
 from distributed_muzero.cluster.session import num_cpus, ray_session
 from distributed_muzero.cluster.session import turns as play_on_ray
 from distributed_muzero.errors import ConfigError, ContractError, RunError, RunIsOver
@@ -35,7 +36,7 @@ from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import Builder
 from distributed_muzero.workers.evaluator import Evaluator
 from distributed_muzero.workers.launching import Loop, Turns, check_parts, launch
-from distributed_muzero.workers.run_state import Ending
+from distributed_muzero.workers.local import turns as play_here
 from distributed_muzero.workers.snapshot import copy_run
 
 NAME = "DistributedMuZero"
@@ -142,8 +143,6 @@ class DistributedMuZero(Trainable):
         explore: draw the action in proportion to the search's policy, with noise at the root.
         Raises ContractError for shapes that don't fit.
         """
-        from distributed_muzero.algorithm.planning import as_array, legal_mask, plan_batch
-
         config, spec = self._plan.config, self._builder.spec
         seen = as_array(observation).astype(spec.observation_dtype, copy=False)
         shape = (config.environment.history_length, *spec.observation_shape)
@@ -250,7 +249,7 @@ class DistributedMuZero(Trainable):
                 self._ray.enter_context(ray_session(num_cpus(self._plan.config)))
                 register_again()
             self._stack.enter_context(folder.locked())
-            loop: Loop = _play_here if self._plan.in_process else play_on_ray
+            loop: Loop = play_here if self._plan.in_process else play_on_ray
             self._turns = launch(
                 (folder, None),
                 self._plan.config,
@@ -310,18 +309,15 @@ class DistributedMuZero(Trainable):
 
     def _end(self) -> None:
         """At once: what was learnt since the last checkpoint is lost."""
-        turns, evaluator, self._turns, self._book, self._evaluator = (
-            self._turns,
-            self._evaluator,
-            None,
-            None,
-            None,
-        )
+        turns, evaluator = self._turns, self._evaluator
+        self._turns = self._book = self._evaluator = None
         self._is_over = False
         _going_on.discard(self)
-        with self._stack:  # closed last, whatever happens
-            self._stack.callback(turns.close if turns is not None else nothing)
-            self._stack.callback(evaluator.close if evaluator is not None else nothing)
+        with self._stack:  # the folder's lock is let go of last, whatever happens
+            if turns is not None:
+                self._stack.callback(turns.close)
+            if evaluator is not None:
+                self._stack.callback(evaluator.close)
 
     def _forget_folder(self) -> None:
         if self._folder and self._storage:
@@ -361,12 +357,6 @@ class DistributedMuZero(Trainable):
         return PlacementGroupFactory([*bundles, gpus] if gpus else bundles)
 
 
-def _play_here(*launched: Any) -> Generator[None, None, Ending]:
-    from distributed_muzero.workers.local import turns
-
-    return turns(*launched)
-
-
 def _check_saved(path: Path) -> None:
     missing = [name for name in (SETTINGS_FILE, STATE_FILE, RUN_FOLDER) if not (path / name).exists()]
     if missing:
@@ -385,10 +375,6 @@ def _read_state(path: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"can't read {path / STATE_FILE}: {error}") from None
-
-
-def nothing() -> None:
-    pass
 
 
 _going_on: weakref.WeakSet[DistributedMuZero] = weakref.WeakSet()
