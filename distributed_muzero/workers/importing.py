@@ -65,8 +65,8 @@ def import_stored(
     if stop_requested():
         tell("the import was stopped; it goes on when the run does")
         return
+    reasons = ", ".join(f"{number} {reason}" for reason, number in counts.rejected.items())
     if not counts.stored + counts.duplicates:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in counts.rejected.items())
         raise RunError(
             f"none of the {counts.offered} stored episodes can be learnt from ({reasons}); "
             "choose other datasets, or settings that fit them"
@@ -75,6 +75,7 @@ def import_stored(
     tell(
         f"{counts.offered} stored episodes: {counts.stored} new ({counts.stored_transitions} transitions), "
         f"{counts.duplicates} known, {sum(counts.rejected.values())} refused"
+        + (f" ({reasons})" if reasons else "")
     )
     if counts.evicted_transitions:
         tell(

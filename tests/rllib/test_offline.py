@@ -111,10 +111,12 @@ def test_we_learn_from_what_ppo_recorded(tmp_path, as_episodes):
         command += ["--set", f"{key}={value}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert int(re.search(r"learner steps: (\d+)", done.stdout)[1]) >= 8 and " 0 refused" in done.stderr
+    assert int(re.search(r"learner steps: (\d+)", done.stdout)[1]) >= 8
+    # Rows end anywhere in a game, of which fewer steps than are unrolled can't be learnt from.
+    assert re.search(r" (0 refused|1 refused \(1 cut_short\))$", done.stderr, re.MULTILINE), done.stderr
     stats = subprocess.run(
         [sys.executable, "-m", "distributed_muzero", "replay", "stats", "learns", "--json"]
         + ["--runs-dir", str(tmp_path / "runs")],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert json.loads(stats.stdout)["total"]["transitions"] >= 200
+    assert json.loads(stats.stdout)["total"]["transitions"] >= 396
