@@ -5,6 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 
+def signed_discount(discount: float, num_players: int) -> float:
+    """γ as a search takes it (contract, decision 10): negative where two players move in turn."""
+    return -discount if num_players == 2 else discount
+
+
 def n_step_returns(
     rewards: np.ndarray,
     values: np.ndarray,

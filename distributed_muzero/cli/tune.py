@@ -75,9 +75,12 @@ def tune(
     config.env_runners(num_env_runners=actors).debugging(seed=seed)
     config.reporting(min_time_s_per_iteration=iteration_seconds)
     config.evaluation(evaluation_interval=1, evaluation_duration=episodes)
-    check_space(config, domains, scheduler)
     plan = config.plan()
     check_parts(plan.config)
+    try:
+        check_space(config, domains, scheduler)
+    except ConfigError as error:
+        raise ConfigError(f"{space}: {error}") from None
     chosen_name = name or f"tune-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     check_name(chosen_name)
     target, folder = Path(runs_dir) / chosen_name, Path(runs_dir) / TRIALS_FOLDER

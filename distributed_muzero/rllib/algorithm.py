@@ -23,6 +23,7 @@ from ray.tune.execution.placement_groups import PlacementGroupFactory
 
 from distributed_muzero import checkpoint
 from distributed_muzero.algorithm.planning import as_array, legal_mask, plan_batch
+from distributed_muzero.algorithm.returns import signed_discount
 from distributed_muzero.cluster.session import num_cpus, ray_session
 from distributed_muzero.cluster.session import turns as play_on_ray
 from distributed_muzero.errors import ConfigError, ContractError, RunError, RunIsOver
@@ -163,7 +164,7 @@ class DistributedMuZero(Trainable):
             seen[None],
             legal_mask(mask)[None],
             config.search,
-            config.algorithm.discount * (-1 if spec.num_players == 2 else 1),
+            signed_discount(config.algorithm.discount, spec.num_players),
             rng=self._rng,
             noise=explore,
             num_simulations=num_simulations,

@@ -17,6 +17,7 @@ from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from torch import Tensor
 
 from distributed_muzero.algorithm.planning import Plan, plan_batch
+from distributed_muzero.algorithm.returns import signed_discount
 from distributed_muzero.environments.gymnasium import code_observations
 from distributed_muzero.errors import ConfigError, ContractError
 from distributed_muzero.networks.inference import SearchModel, make_search_model
@@ -183,7 +184,7 @@ class MuZeroModule(ModuleFiles, TorchRLModule, ValueFunctionAPI):
             histories,
             legal,
             self.settings.search,
-            self.settings.signed_discount,
+            signed_discount(self.settings.discount, self.settings.spec.num_players),
             rng=None,
             noise=False,
             num_simulations=self.settings.num_simulations,

@@ -28,11 +28,6 @@ class ModuleSettings(NamedTuple):
     discount: float
     num_simulations: int  # 0: the prior alone
 
-    @property
-    def signed_discount(self) -> float:
-        """Negative where two players alternate, as the search takes it."""
-        return -self.discount if self.spec.num_players == 2 else self.discount
-
     def make_networks(self) -> Networks:
         return make_networks(self.spec, self.history_length, self.network)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from distributed_muzero.algorithm.returns import n_step_returns
+from distributed_muzero.algorithm.returns import n_step_returns, signed_discount
 from distributed_muzero.algorithm.targets import Columns
 from distributed_muzero.checkpoint import Checkpoint
 from distributed_muzero.config import Config
@@ -150,7 +150,7 @@ def _search(
     num_simulations: int,
 ) -> Roots:
     """Of all `steps`, in their order."""
-    discount = config.algorithm.discount * (-1 if num_players == 2 else 1)
+    discount = signed_discount(config.algorithm.discount, num_players)
     found = []
     for rows in _parts(steps):
         observations = batch_at(columns, rows, config.environment.history_length).observations

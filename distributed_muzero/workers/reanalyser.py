@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from distributed_muzero.algorithm.reanalyse import refresh
+from distributed_muzero.algorithm.returns import signed_discount
 from distributed_muzero.config import Config
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.networks.base import Networks
@@ -40,8 +41,7 @@ class Reanalyser:
         self.search_model: SearchModel | None = None
         self._networks = networks.to(self.device)
         self._flat = FlatWeights(self._networks)
-        discount = config.algorithm.discount
-        self._discount = -discount if spec.num_players == 2 else discount
+        self._discount = signed_discount(config.algorithm.discount, spec.num_players)
         self._rng = np.random.default_rng([config.run.seed, GENERATOR_STREAM + index])
         self._shard = index % config.replay.num_shards  # asked next; workers begin apart
 
