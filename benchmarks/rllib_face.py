@@ -163,7 +163,7 @@ def train_by_command(folder: Path, seed: int, seconds: float) -> subprocess.Pope
     command = (
         f"train --preset cartpole --seed {seed} --runs-dir {folder} --name r --max-minutes {seconds / 60} "
         f"--set run.stop_at_return=null --set evaluator.interval_seconds=1e9 "
-        f"--set learner.learning_rate={LEARNING_RATE}"
+        f"--set learner.learning_rate={LEARNING_RATE} --set learner.final_learning_rate={LEARNING_RATE}"
     )
     return _python("-m", "distributed_muzero", *command.split())
 

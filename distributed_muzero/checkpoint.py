@@ -115,6 +115,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, manifest["step"], tensors, state)
 
 
+def newest_path(folder: Path) -> Path | None:
+    """Of the newest checkpoint, which `latest_checkpoint` gives if it is intact; None if there is none."""
+    return next(iter(_checkpoint_folders(folder)), None)
+
+
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that is intact; None if none was ever written.
 

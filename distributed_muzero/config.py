@@ -26,6 +26,14 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 # Set to 1 where environments may be code that isn't installed; --trust-env-code does so.
 TRUST_VARIABLE = "DISTRIBUTED_MUZERO_TRUST_ENV_CODE"
 
+# Of a run that learns from stored episodes alone, unless it is told otherwise.
+OFFLINE: dict[str, dict[str, Any]] = {
+    "actor": {"num_actors": 0},
+    "reanalyse": {"ratio": 1.0},
+    # Rewards further on are those of the policy that played; a new search's value replaces them.
+    "algorithm": {"td_steps": 5},
+}
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -50,7 +50,6 @@ def train(seed: int, goal: float, seconds: float, num_env_runners: int) -> None:
                 first = steps
             if reached >= goal or result["time_total_s"] >= seconds:
                 break
-        algorithm.save_to_path()
     finally:
         algorithm.stop()
     print(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from distributed_muzero.config import (
+    OFFLINE,
     TRUST_VARIABLE,
     Config,
     load_file,
@@ -20,12 +21,6 @@ from distributed_muzero.config import (
 )
 from distributed_muzero.errors import ConfigError
 
-OFFLINE: dict[str, dict[str, Any]] = {
-    "actor": {"num_actors": 0},
-    "reanalyse": {"ratio": 1.0},
-    # Rewards further on are those of the policy that played; a new search's value replaces them.
-    "algorithm": {"td_steps": 5},
-}
 RUNS_DIR_VARIABLE = "DISTRIBUTED_MUZERO_RUNS_DIR"
 
 

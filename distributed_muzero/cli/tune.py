@@ -12,7 +12,7 @@ import typer
 
 from distributed_muzero.cli import options
 from distributed_muzero.cli.tune_view import TrialsTable, print_trials, shown
-from distributed_muzero.config import parse_overrides
+from distributed_muzero.config import TRUST_VARIABLE, parse_overrides
 from distributed_muzero.errors import ConfigError, RunError
 from distributed_muzero.mirror.uri import is_uri
 from distributed_muzero.run_folder import check_name, open_run
@@ -66,7 +66,8 @@ def tune(
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     from distributed_muzero.cli.evaluate import evaluate_run, print_result
     from distributed_muzero.cluster.session import num_cpus, ray_session
-    from distributed_muzero.rllib.algorithm import RUN_FOLDER, MuZeroConfig
+    from distributed_muzero.rllib.algorithm import MuZeroConfig
+    from distributed_muzero.rllib.saved import run_in
     from distributed_muzero.rllib.tuning import Watcher, check_space, read_space, search
     from distributed_muzero.workers.launching import check_parts
 
@@ -86,11 +87,12 @@ def tune(
     target, folder = Path(runs_dir) / chosen_name, Path(runs_dir) / TRIALS_FOLDER
     if target.exists() or (folder / chosen_name).exists():
         raise RunError(f"{chosen_name} exists already in {runs_dir}; choose another --name")
-    with ray_session(1 + num_cpus(plan.config) if actors else 1), TrialsTable(list(domains)) as table:
+    cpus = 1 + num_cpus(plan.config) if actors else 1
+    with ray_session(cpus, runtime_env={"env_vars": _trust()}), TrialsTable(list(domains)) as table:
         watcher = Watcher(list(domains), table.show)
         best = search(config, domains, trials, scheduler, iterations, chosen_name, folder, seed, watcher)
     with best.checkpoint.as_directory() as saved:
-        copy_run(Path(saved) / RUN_FOLDER, target)
+        copy_run(run_in(saved), target)
     print_trials(watcher.rows)
     chosen = ", ".join(f"{key} {shown(value)}" for key, value in best.chosen.items())
     print(
@@ -98,3 +100,11 @@ def tune(
     )
     print_result(evaluate_run(open_run(target), (seed, FINAL_STREAM)))
     print(f"run: {target}    trials: {folder / chosen_name}")
+
+
+def _trust() -> dict[str, str]:
+    """What lets the processes of a cluster import what this one may."""
+    if os.environ.get(TRUST_VARIABLE) != "1":
+        return {}
+    path = [os.getcwd(), os.environ.get("PYTHONPATH")]
+    return {TRUST_VARIABLE: "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}

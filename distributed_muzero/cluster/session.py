@@ -103,9 +103,11 @@ def ray_session(num_cpus: int, **options: object) -> Iterator[None]:
         options = {"num_cpus": max(os.cpu_count() or 1, num_cpus), "include_dashboard": False, **options}
     before = signal.getsignal(signal.SIGTERM)
     connect(address or "local", **options)
+    own = ray.get_runtime_context().gcs_address
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # ray.init puts its own handler there, which exits at once
         yield
     finally:
-        ray.shutdown()
+        if ray.is_initialized() and ray.get_runtime_context().gcs_address == own:  # and not another one since
+            ray.shutdown()

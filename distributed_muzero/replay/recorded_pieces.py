@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distributed_muzero.algorithm.returns import n_step_returns
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.types import Episode
 
@@ -124,7 +123,9 @@ class Piece(NamedTuple):
         recorded = _array(self.extra.get(VALUES, []))
         if recorded.shape == rewards.shape and len(recorded) and not self.terminated:
             values[-1] = (recorded[-1] - rewards[-1]) / discount  # v(s) = u + γ v(s'), at the last step
-        return n_step_returns(rewards, values, discount, len(rewards))
+        for step in reversed(range(len(rewards))):
+            values[step] = rewards[step] + discount * values[step + 1]
+        return values.astype(np.float32)
 
 
 def _unmasked(item: Any) -> Any:

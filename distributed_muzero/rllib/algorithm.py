@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import shutil
 import tempfile
@@ -26,12 +25,14 @@ from distributed_muzero.algorithm.planning import as_array, legal_mask, plan_bat
 from distributed_muzero.algorithm.returns import signed_discount
 from distributed_muzero.cluster.session import num_cpus, ray_session
 from distributed_muzero.cluster.session import turns as play_on_ray
+from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import ConfigError, ContractError, RunError, RunIsOver
-from distributed_muzero.files import to_json, write_atomically
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.rllib.config import MuZeroConfig
+from distributed_muzero.rllib.masks import MASK, key_beside_mask
 from distributed_muzero.rllib.registered import register_again
 from distributed_muzero.rllib.results import Counts, of_episodes, result
+from distributed_muzero.rllib.saved import folder_at, read_saved, write_saved
 from distributed_muzero.run_folder import RunFolder, create_run, open_run
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import Builder
@@ -41,7 +42,6 @@ from distributed_muzero.workers.local import turns as play_here
 from distributed_muzero.workers.snapshot import copy_run
 
 NAME = "DistributedMuZero"
-SETTINGS_FILE, STATE_FILE, RUN_FOLDER = "muzero_config.yaml", "muzero_state.json", "run"
 NOT_SAVED = ("tensorboard", "history", "videos")
 START_SECONDS = 300.0  # for processes to start, on a machine that is busy
 EVALUATION_STREAM = 10**12  # its games are no others': the run's own use learner steps as seeds
@@ -62,9 +62,10 @@ class Logged(Progress):
 class DistributedMuZero(Trainable):
     """One run, made by `MuZeroConfig.build_algo()` or by Tune. Its processes start with the first `train()`.
 
-    They play and learn during `train()` alone: between two calls they finish what they are at, and wait. The run's
-    folder lies in `logdir`, for `distributed-muzero watch`, `evaluate`, `plot` and others. Raises ConfigError,
-    EnvironmentFailure and RunError as `distributed-muzero train` does.
+    They play and learn during `train()`: between two calls they finish what they are at, and wait; what evaluates or
+    saves lets them go on until the weights of that moment are written. The run's folder lies in `logdir`, for
+    `distributed-muzero watch`, `evaluate`, `plot` and others. Raises ConfigError, EnvironmentFailure and RunError as
+    `distributed-muzero train` does.
     """
 
     def __init__(self, config: MuZeroConfig | Mapping[str, Any] | None = None, storage: Any = None):
@@ -77,11 +78,11 @@ class DistributedMuZero(Trainable):
         check_parts(self._plan.config)
         self._folder: RunFolder | None = None
         self._stack = ExitStack()
-        self._ray = ExitStack()
         self._turns: Turns | None = None
         self._book: Bookkeeper | None = None
         self._builder = Builder(self._plan.config, NAME)
         self._evaluator: Evaluator | None = None
+        self._loaded: checkpoint.Checkpoint | None = None  # into the evaluator
         self._is_over = self._is_stopped = False
         self._has_played = False  # in this launch
         self._reported = Counts()
@@ -114,13 +115,13 @@ class DistributedMuZero(Trainable):
         found = result(book.state, now, before, book.config.learner.batch_size, book.crew.live, book.status)
         if given.evaluation_interval and (self.iteration + 1) % given.evaluation_interval == 0:
             found["evaluation"] = self.evaluate()
-        return {**found, "done": is_over}
+        return {**found, "done": self._is_over}  # an evaluation's turns may have ended it
 
     def evaluate(self) -> dict[str, Any]:
         """Whole games without noise by the weights as they are now; the run doesn't go on meanwhile."""
-        saved = self._saved()
-        config, steps = self._plan.config, saved.step if saved else 0
-        played = self._loaded_evaluator(saved).evaluate(
+        evaluator, config = self._loaded_evaluator(), self._plan.config
+        steps = self._loaded.step if self._loaded else 0
+        played = evaluator.evaluate(
             config.evaluator.num_episodes,
             (config.run.seed, EVALUATION_STREAM, steps),
             config.evaluator.num_simulations,
@@ -140,24 +141,21 @@ class DistributedMuZero(Trainable):
     ) -> int:
         """The flat action of one search from an observation [*O] by the weights as they are now.
 
-        action_mask: [*A], 1 = allowed; all are without it.   num_simulations: in place of the config's.
+        observation: as the environment gives it; the number of a one-hot, or a Dict of `action_mask` and one other
+        entry, will do.   action_mask: [*A], 1 = allowed; all are without it.
+        num_simulations: in place of the config's.
         explore: draw the action in proportion to the search's policy, with noise at the root.
         Raises ContractError for shapes that don't fit.
         """
         config, spec = self._plan.config, self._builder.spec
-        seen = as_array(observation).astype(spec.observation_dtype, copy=False)
-        shape = (config.environment.history_length, *spec.observation_shape)
-        if seen.shape == spec.observation_shape:  # what was before is zeros, as when a game begins
-            seen = np.concatenate([np.zeros((shape[0] - 1, *seen.shape), seen.dtype), seen[None]])
-        if seen.shape != shape:
-            raise ContractError(
-                f"an observation of shape {seen.shape} came; expected {spec.observation_shape}, or {shape} with those "
-                "before it, as the environment's `spec` says"
-            )
+        if isinstance(observation, Mapping) and (key := key_beside_mask(observation)):
+            action_mask = observation[MASK] if action_mask is None else action_mask
+            observation = observation[key]
+        seen = stacked(observation, spec, config.environment.history_length)
         mask = np.ones(spec.action_shape) if action_mask is None else as_array(action_mask)
         if mask.size != spec.num_actions:
             raise ContractError(f"a mask of shape {mask.shape} came; expected {spec.action_shape}")
-        model = self._loaded_evaluator(self._saved()).model.search_model
+        model = self._loaded_evaluator().model.search_model
         assert model is not None
         plan = plan_batch(
             model,
@@ -182,8 +180,7 @@ class DistributedMuZero(Trainable):
         Weights, optimizer, what was played unless `store_buffer_in_checkpoints` is False, counts, and the settings.
         Raises RunError.
         """
-        folder = Path(tempfile.mkdtemp(prefix="muzero-")) if path is None else Path(path).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="muzero-")) if path is None else folder_at(path)
         self.save_checkpoint(str(folder))
         return str(folder)
 
@@ -196,9 +193,9 @@ class DistributedMuZero(Trainable):
             with path.as_directory() as folder:
                 self.restore_from_path(folder)
             return
-        self.load_checkpoint(str(path))
-        state = _read_state(Path(path))
-        self._iteration, self._time_total = state["training_iteration"], state["time_total_s"]
+        self.load_checkpoint(path)
+        saved = read_saved(folder_at(path))
+        self._iteration, self._time_total = saved.training_iteration, saved.time_total_s
 
     @classmethod
     def from_checkpoint(cls, path: Any) -> DistributedMuZero:
@@ -206,30 +203,24 @@ class DistributedMuZero(Trainable):
         if isinstance(path, tune.Checkpoint):
             with path.as_directory() as folder:
                 return cls.from_checkpoint(folder)
-        _check_saved(Path(path))
-        algorithm = cls(MuZeroConfig.from_yaml((Path(path) / SETTINGS_FILE).read_text()))
+        algorithm = cls(MuZeroConfig.from_yaml(read_saved(folder_at(path)).settings))
         algorithm.restore_from_path(path)
         return algorithm
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        folder = Path(checkpoint_dir)
-        settings = self.algorithm_config.to_yaml()
-        self._saved()
+        run, settings = self._run_folder(), self.algorithm_config.to_yaml()
+        self._write_weights()
+        if self._book is not None and not self._is_over:
+            self._book.write_down()  # the counts of now
         left_out = NOT_SAVED if self._plan.given.store_buffer else (*NOT_SAVED, "replay")
-        new, target = folder / f".{RUN_FOLDER}-{uuid.uuid4().hex[:8]}", folder / RUN_FOLDER
-        copy_run(self._run_folder().path, new, left_out)
-        shutil.rmtree(target, ignore_errors=True)  # what was saved there before
-        new.rename(target)
         state = {"training_iteration": self.iteration, "time_total_s": self._time_total}
-        write_atomically(folder / STATE_FILE, to_json(state))
-        write_atomically(folder / SETTINGS_FILE, settings.encode())
+        write_saved(Path(checkpoint_dir), run, left_out, settings, state)
 
     def load_checkpoint(self, checkpoint_dir: Any) -> None:
-        _check_saved(Path(checkpoint_dir))
-        saved = Path(checkpoint_dir) / RUN_FOLDER
-        open_run(str(saved)).with_config(self._plan.config)  # raises before anything is changed
+        saved = read_saved(folder_at(checkpoint_dir)).run
+        saved.with_config(self._plan.config)  # raises before anything is changed
         path = Path(self.logdir) / self._new_name()
-        copy_run(saved, path)
+        copy_run(saved.path, path)
         for name in ("checkpoints", "replay", "tensorboard"):
             (path / name).mkdir(exist_ok=True)
         self._end()
@@ -240,14 +231,12 @@ class DistributedMuZero(Trainable):
 
     def _begun(self) -> Bookkeeper:
         """The book of the launch, which starts with the first call. Raises RunIsOver after a stop."""
-        if self._is_stopped:
-            raise RunIsOver("stop() has ended this algorithm; from_checkpoint() goes on from what was saved")
         if self._turns is None:
             self._has_played = False
             folder = self._run_folder()
             _going_on.add(self)
             if not self._plan.in_process and not ray.is_initialized():
-                self._ray.enter_context(ray_session(num_cpus(self._plan.config)))
+                _own_ray.enter_context(ray_session(num_cpus(self._plan.config)))
                 register_again()
             self._stack.enter_context(folder.locked())
             loop: Loop = play_here if self._plan.in_process else play_on_ray
@@ -259,6 +248,7 @@ class DistributedMuZero(Trainable):
                 Logged(),
                 lambda: False,
                 self._plan.given.datasets,
+                evaluates=self._plan.given.evaluates,
             )
             self._take_turn()
             assert self._book is not None
@@ -270,6 +260,11 @@ class DistributedMuZero(Trainable):
     def _take_turn(self) -> bool:
         """False if the run is over. What is raised in it ends the launch; the next one goes on from what was saved."""
         assert self._turns is not None
+        if self._book is not None and not self._plan.in_process and not ray.is_initialized():
+            self._end()
+            raise RunError(
+                "Ray was shut down while the run went on; the next train() goes on from what was saved"
+            )
         began = time.monotonic()
         try:
             self._book = next(self._turns)
@@ -281,25 +276,33 @@ class DistributedMuZero(Trainable):
         self._seconds += time.monotonic() - began
         return not self._is_over
 
-    def _saved(self) -> checkpoint.Checkpoint | None:
-        """The weights as they are now, in a checkpoint of the run; None before the first learner step."""
+    def _write_weights(self) -> None:
+        """As they are now, to a checkpoint of the run; there is none before the first learner step."""
         book = self._book
         if book is not None and not self._is_over:
             book.ask_for_checkpoint()
             while book.owes_checkpoint and self._take_turn():
                 pass
-        return checkpoint.latest_checkpoint(self._run_folder().checkpoints)
 
-    def _loaded_evaluator(self, saved: checkpoint.Checkpoint | None) -> Evaluator:
+    def _loaded_evaluator(self) -> Evaluator:
+        """With the weights as they are now."""
+        folder = self._run_folder()
+        self._write_weights()
         if self._evaluator is None:
-            self._evaluator = self._builder.evaluator()
-        if saved is None:  # networks of one seed begin alike in all processes
+            self._evaluator, self._loaded = self._builder.evaluator(), None
+            # Networks of one seed begin alike in all processes.
             self._evaluator.model.load(0, self._evaluator.model.flat.read().numpy())
-        else:
-            self._evaluator.load(saved)
+        newest = checkpoint.newest_path(folder.checkpoints)
+        if newest is not None and (self._loaded is None or self._loaded.path != newest):
+            self._loaded = checkpoint.latest_checkpoint(folder.checkpoints)
+            assert self._loaded is not None
+            self._evaluator.load(self._loaded)
         return self._evaluator
 
     def _run_folder(self) -> RunFolder:
+        """Made with the first call. Raises RunIsOver after a stop."""
+        if self._is_stopped:
+            raise RunIsOver("stop() has ended this algorithm; from_checkpoint() goes on from what was saved")
         if self._folder is None:
             self._folder = create_run(self.logdir, self._new_name(), self._plan.config)
         return self._folder
@@ -326,7 +329,9 @@ class DistributedMuZero(Trainable):
         self._folder = None
 
     def cleanup(self) -> None:
-        with self._ray:
+        with ExitStack() as stack:
+            if all(other is self or other._plan.in_process for other in _going_on):
+                stack.callback(_own_ray.close)
             self._end()
             self._forget_folder()
             self._is_stopped = True
@@ -358,27 +363,31 @@ class DistributedMuZero(Trainable):
         return PlacementGroupFactory([*bundles, gpus] if gpus else bundles)
 
 
-def _check_saved(path: Path) -> None:
-    missing = [name for name in (SETTINGS_FILE, STATE_FILE, RUN_FOLDER) if not (path / name).exists()]
-    if missing:
-        raise RunError(
-            f"{path} holds no saved DistributedMuZero: {', '.join(missing)} is not there; expected a folder that "
-            "save_to_path() or a trial of Tune has written"
-        )
+def stacked(observation: Any, spec: EnvironmentSpec, history_length: int) -> np.ndarray:
+    """[N, *O] of an observation [*O], of one with those before it, or of the number of a one-hot. Raises ContractError.
 
-
-def _read_state(path: Path) -> dict[str, Any]:
+    What was before a single one is zeros, as when a game begins.
+    """
+    shape = (history_length, *spec.observation_shape)
     try:
-        state = json.loads((path / STATE_FILE).read_text())
-        return {
-            "training_iteration": int(state["training_iteration"]),
-            "time_total_s": float(state["time_total_s"]),
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"can't read {path / STATE_FILE}: {error}") from None
+        seen = as_array(observation)
+        if seen.shape == () and seen.dtype.kind in "iu" and len(shape) == 2 and 0 <= seen < shape[1]:
+            seen = np.arange(shape[1]) == seen
+        seen = seen.astype(spec.observation_dtype, copy=False)
+    except (TypeError, ValueError) as error:
+        raise ContractError(f"an observation came that is no array of numbers: {error}") from None
+    if seen.shape == spec.observation_shape:
+        seen = np.concatenate([np.zeros((history_length - 1, *seen.shape), seen.dtype), seen[None]])
+    if seen.shape != shape:
+        raise ContractError(
+            f"an observation of shape {seen.shape} came; expected {spec.observation_shape}, or {shape} with those "
+            "before it, as the environment's `spec` says"
+        )
+    return seen
 
 
 _going_on: weakref.WeakSet[DistributedMuZero] = weakref.WeakSet()
+_own_ray = ExitStack()  # the Ray that one of them has started, for all of this process; the last one ends it
 
 
 @atexit.register

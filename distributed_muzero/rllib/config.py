@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,10 +14,10 @@ from ray import tune
 from ray.tune.search.sample import Domain
 from ray.tune.tune import _Config
 
-from distributed_muzero.config import Config, load_preset, make_config
+from distributed_muzero.config import OFFLINE, Config, load_preset, make_config
 from distributed_muzero.errors import ConfigError
 from distributed_muzero.rllib.registered import registered_names
-from distributed_muzero.rllib.settings import METHODS, SECTIONS, SETTINGS, Given, layers
+from distributed_muzero.rllib.settings import METHODS, SECTIONS, SETTINGS, Given, absolute, layers, read_given
 
 if TYPE_CHECKING:
     from typing import Self
@@ -108,6 +109,8 @@ class MuZeroConfig(_Config):
     def update_from_dict(self, settings: Mapping[str, Any]) -> Self:
         """Takes settings of any method by their names. Raises ConfigError for an unknown one."""
         for name, value in settings.items():
+            if name == "input_" and not isinstance(value, Domain):
+                value = absolute(value)  # a trial of Tune may have another working directory
             if name != "preset" and name not in SETTINGS and name not in SECTIONS:
                 raise ConfigError(_unknown(name))
             if name in SECTIONS and not isinstance(value, Mapping):
@@ -161,11 +164,17 @@ class MuZeroConfig(_Config):
         settings = _plain(self._settings)
         if settings.get("env") in registered_names():
             settings["env"] = f"rllib:{settings['env']}"
-        sections, given = layers(settings, make_config(preset))
+        given = read_given(settings)
+        ground = [preset, OFFLINE] if given.datasets else [preset]
+        sections = layers(settings, given, make_config(*ground))
         try:
-            config = make_config(preset, sections)
+            config = make_config(*ground, sections)
         except ConfigError as error:
             raise ConfigError(_in_known_names(str(error))) from None
+        if given.datasets and not config.is_offline:
+            raise ConfigError(
+                "input_ is learnt from alone, nobody plays: leave out actor.num_actors and autoscale"
+            )
         return Plan(config, given)
 
     def _check_chosen(self) -> None:
@@ -236,6 +245,8 @@ def _plain(value: Any) -> Any:
     """With lists in place of tuples, which YAML would tag, and plain numbers in place of numpy's."""
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, Path):
+        return str(value)
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from distributed_muzero.config import Config
 from distributed_muzero.errors import ConfigError
-
-NEVER_SECONDS = 1e9  # between two evaluations that nobody asked for
+from distributed_muzero.mirror.uri import is_uri
 
 
 class Setting(NamedTuple):
@@ -101,22 +100,21 @@ class Given(NamedTuple):
     datasets: tuple[str, ...]
     store_buffer: bool
     evaluation_interval: int | None
+    evaluates: bool  # by the run itself, on its way
     min_seconds: float
     min_env_steps: int
 
 
-def layers(settings: Mapping[str, Any], base: Config) -> tuple[dict[str, dict[str, Any]], Given]:
-    """The sections of a run's config that the settings ask for, and what else they do.
+def layers(settings: Mapping[str, Any], given: Given, base: Config) -> dict[str, dict[str, Any]]:
+    """The sections of a run's config that the settings ask for.
 
-    base: what they are laid on. Raises ConfigError.
+    given: of these settings.   base: what they are laid on. Raises ConfigError.
     """
-    given = _given(settings)
     _check_said_once(settings)
     sections: dict[str, dict[str, Any]] = {name: dict(settings.get(name, {})) for name in SECTIONS}
     # How long it goes on is the caller's to say, or Tune's.
     nothing = dict.fromkeys(("max_env_steps", "max_train_steps", "max_minutes", "stop_at_return"))
     sections["run"] = nothing
-    sections["evaluator"].setdefault("interval_seconds", NEVER_SECONDS)
     for name, setting in SETTINGS.items():
         if setting.key is not None and name in settings:
             section, _, key = setting.key.partition(".")
@@ -125,8 +123,6 @@ def layers(settings: Mapping[str, Any], base: Config) -> tuple[dict[str, dict[st
         sections["actor"]["num_actors"] = given.num_env_runners
     elif given.num_env_runners == 0:
         sections["actor"]["num_actors"] = 1
-    if given.datasets:
-        sections["actor"]["num_actors"] = 0
     for name, value in dict(settings.get("replay_buffer_config", {})).items():
         if name not in REPLAY_NAMES:
             raise ConfigError(
@@ -135,7 +131,7 @@ def layers(settings: Mapping[str, Any], base: Config) -> tuple[dict[str, dict[st
             )
         sections["replay"][REPLAY_NAMES[name]] = value
     _lay_learner(settings, base, sections["learner"])
-    return sections, given
+    return sections
 
 
 BEHIND = {
@@ -176,11 +172,11 @@ def _lay_learner(settings: Mapping[str, Any], base: Config, learner: dict[str, A
     learner.setdefault("device", "cuda" if num_gpus else "cpu")
 
 
-def _given(settings: Mapping[str, Any]) -> Given:
+def read_given(settings: Mapping[str, Any]) -> Given:
+    """What the settings ask of the face. Raises ConfigError."""
     unit = settings.get("evaluation_duration_unit", "episodes")
     if unit != "episodes":
         raise ConfigError(f"evaluation_duration_unit={unit!r}: expected 'episodes'")
-    paths = settings.get("input_") or ()
     stored = settings.get("store_buffer_in_checkpoints", True)
     if not isinstance(stored, bool):
         raise ConfigError(f"store_buffer_in_checkpoints={stored!r}: expected True or False")
@@ -189,9 +185,10 @@ def _given(settings: Mapping[str, Any]) -> Given:
     num_runners, interval = settings.get("num_env_runners"), settings.get("evaluation_interval")
     given = Given(
         None if num_runners is None else _whole("num_env_runners", num_runners),
-        (str(paths),) if isinstance(paths, (str, Path)) else tuple(map(str, paths)),
+        tuple(absolute(settings.get("input_") or ())),
         stored,
         None if interval is None else _whole("evaluation_interval", interval, 1),
+        "interval_seconds" in settings.get("evaluator", {}),
         _number("min_time_s_per_iteration", settings.get("min_time_s_per_iteration", 5.0), 0),
         _whole("min_sample_timesteps_per_iteration", settings.get("min_sample_timesteps_per_iteration", 0)),
     )
@@ -201,6 +198,12 @@ def _given(settings: Mapping[str, Any]) -> Given:
             "min_sample_timesteps_per_iteration"
         )
     return given
+
+
+def absolute(paths: Any) -> list[str]:
+    """Of one path or URI, or several."""
+    listed = [paths] if isinstance(paths, (str, Path)) else paths
+    return [str(path) if is_uri(str(path)) else str(Path(path).expanduser().resolve()) for path in listed]
 
 
 def _whole(name: str, value: Any, least: int = 0) -> int:

@@ -16,7 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTra
 from ray.tune.search.sample import Categorical, Domain, Float, Integer
 
 from distributed_muzero.config import with_numbers
-from distributed_muzero.errors import ConfigError, RunError, first_line
+from distributed_muzero.errors import ConfigError, RunError
 from distributed_muzero.rllib.algorithm import NAME
 from distributed_muzero.rllib.config import MuZeroConfig
 from distributed_muzero.rllib.settings import SECTIONS, SETTINGS
@@ -26,6 +26,7 @@ METRIC = "evaluation/env_runners/episode_return_mean"
 ITERATION = "training_iteration"
 PERTURBATIONS = 6  # of a trial under PBT, at most
 SAVES = 3  # of another trial, so that not all is lost where a search is broken off
+DIGITS = 12  # of a quantised number, without what rounding leaves behind them
 REDUCTION = 3  # ASHA lets one of so many trials go on at each rung
 KINDS: dict[str, Callable[..., Domain]] = {
     "uniform": tune.uniform,
@@ -108,10 +109,12 @@ def check_space(config: MuZeroConfig, space: Mapping[str, Domain], scheduler: st
     """That the ends of each domain, and all that can be chosen, can be. Raises ConfigError."""
     for name in space:
         if "." not in name and name not in SETTINGS:
-            MuZeroConfig().update_from_dict({name: 0})  # raises, with what is near
-        if name in ("preset", "env", "env_config"):
-            raise ConfigError(f"{name} can't be searched over: all trials play the same")
+            MuZeroConfig().update_from_dict(
+                {name: {} if name in SECTIONS else 0}
+            )  # raises, with what is near
         section, _, key = (SETTINGS[name].key or "" if name in SETTINGS else name).partition(".")
+        if name == "preset" or section == "environment":
+            raise ConfigError(f"{name} can't be searched over: all trials play the same")
         if scheduler == "pbt" and section in FIXED and key in (FIXED[section] or [key]):
             raise ConfigError(
                 f"{name} can't change while a run goes on, as pbt asks for: search with asha, or none"
@@ -145,14 +148,23 @@ def make_scheduler(name: str, iterations: int, space: Mapping[str, Domain]) -> T
         for key, domain in space.items():
             if not isinstance(domain, Categorical):
                 low, high = ends_of(domain)
-                chosen[key] = min(max(chosen[key], low), high)
+                step = getattr(domain.sampler, "q", None)
+                value = chosen[key] if step is None else round(round(chosen[key] / step) * step, DIGITS)
+                chosen[key] = min(max(value, low), high)
         return lay(settings, chosen)
+
+    def mutations() -> dict[str, Any]:
+        """Lists for what is chosen from: Tune goes to a neighbour in them, and would multiply in a domain."""
+        return {
+            key: list(domain.categories) if isinstance(domain, Categorical) else domain
+            for key, domain in space.items()
+        }
 
     if name == "pbt":
         return PopulationBasedTraining(
             time_attr=ITERATION,
             perturbation_interval=max(1, iterations // PERTURBATIONS),
-            hyperparam_mutations=lay({}, space),
+            hyperparam_mutations=lay({}, mutations()),
             custom_explore_fn=within,
         )
     return FIFOScheduler()
@@ -212,7 +224,8 @@ def best_of(results: tune.ResultGrid, names: Sequence[str]) -> Best:
                 if (score := score_of(metrics)) is not None:
                     saved.append((score, place, number))
     if not saved:
-        errors = "; ".join(sorted({first_line(error) for error in results.errors}))
+        # Ray tells the trial's own error last.
+        errors = "; ".join(sorted({str(error).strip().splitlines()[-1] for error in results.errors}))
         raise RunError(
             f"no trial was evaluated and saved before the search ended{f': {errors}' if errors else ''}"
         )

@@ -118,8 +118,12 @@ class Bookkeeper:
         launch: Launch = FIRST_LAUNCH,
         copies: Copies | None = None,
         exporter: Exporter | None = None,
+        evaluates: bool = True,
     ):
-        """launch: from number 1 on, counts go on where they stood.   copies: of the folder, at a URI."""
+        """launch: from number 1 on, counts go on where they stood.   copies: of the folder, at a URI.
+
+        evaluates: False = an evaluation is never due; somebody else evaluates.
+        """
         self.config = config
         self.folder = folder
         self.progress = progress
@@ -138,6 +142,7 @@ class Bookkeeper:
         self.launch = launch
         self.copies = copies
         self.exporter = exporter
+        self._evaluates = evaluates
         self._shards: Sequence[Mapping[str, float]] = ()
         self._crew = Crew(0)
         self._undelivered = 0
@@ -244,8 +249,12 @@ class Bookkeeper:
         is_due = self._clock() >= self._next_tick
         if is_due:
             self._next_tick = self._clock() + TICK_SECONDS
-            self.write_status("running", self._record())
+            self.write_down()
         return is_due
+
+    def write_down(self) -> None:
+        """Records the metrics and the status as they are now."""
+        self.write_status("running", self._record())
 
     @property
     def crew(self) -> Crew:
@@ -304,7 +313,7 @@ class Bookkeeper:
     def evaluation_is_due(self, learner_steps: int) -> bool:
         """Whether the pause is over and there is something new to evaluate."""
         waited = self._clock() - self._last_evaluation >= self.config.evaluator.interval_seconds
-        return waited and learner_steps > self.evaluated_step
+        return self._evaluates and waited and learner_steps > self.evaluated_step
 
     def checkpoint_is_due(self, learner_steps: int) -> bool:
         """Whether too much would be lost with the learner."""

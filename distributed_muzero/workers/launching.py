@@ -44,11 +44,12 @@ def launch(
     stop_requested: Callable[[], bool],
     datasets: Sequence[Path | str] = (),
     check: Callable[[Config], object] = lambda config: None,
+    evaluates: bool = True,
 ) -> Turns:
     """Trains a run from where it stands with the `config`; yields its book before the loop and after each of its turns.
 
     in_process: whether this process is the one that plays and learns.   datasets: to be imported first.
-    check: of the config, before anything is changed.
+    check: of the config, before anything is changed.   evaluates: whether the loop does so on its way.
 
     Returns None if a stop was asked for before anything was played. To close the generator is to end the launch at
     once, without a checkpoint. Raises RunIsOver, RunError, and what is raised in the loop.
@@ -83,7 +84,15 @@ def launch(
             copies.push()
             if not in_process:
                 copies.release_shards()
-        book = Bookkeeper(config, folder, progress, launch=launch, copies=copies, exporter=exporter)
+        book = Bookkeeper(
+            config,
+            folder,
+            progress,
+            launch=launch,
+            copies=copies,
+            exporter=exporter,
+            evaluates=evaluates,
+        )
         return book, (yield from _play(book, loop, stop_requested))
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
+from typing import TypeVar
 
 from distributed_muzero import checkpoint
 from distributed_muzero.config import Config
 from distributed_muzero.errors import RunError
 from distributed_muzero.types import Batch, Episode
+from distributed_muzero.workers.actor import Actor
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import Builder
 from distributed_muzero.workers.evaluator import Evaluator
@@ -20,6 +22,7 @@ from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
 from distributed_muzero.workers.run_state import STOPPED, Crew, Ending, ReanalyseReport
 
 MAX_LEARNER_STEPS_A_TURN = 32
+Part = TypeVar("Part", ReplayShard, Learner, Evaluator, Actor)
 
 
 def turns(
@@ -27,68 +30,77 @@ def turns(
 ) -> Generator[None, None, Ending]:
     """Plays and learns until a limit of `config.run` or a request to stop, a turn of the loop at a time."""
     builder = Builder(config, run_name)
-    shards = [builder.replay_shard(index, book.folder.replay) for index in range(config.replay.num_shards)]
-    learner, evaluator = builder.learner(), builder.evaluator()
-    saved = checkpoint.latest_checkpoint(book.folder.checkpoints)
-    learner.begin(saved and saved.tensors, saved and saved.state, book.first_version)
-    actors = [builder.actor(index, book.next_incarnation(index)) for index in range(config.actor.num_actors)]
+    with ExitStack() as opened:  # each is closed, also when another can't be, or can't be made
 
-    def insert(offers: dict[int, list[Episode]]) -> dict[int, list[InsertReply]]:
-        return {index: shards[index].insert(episodes) for index, episodes in offers.items()}
+        def closing(part: Part) -> Part:
+            opened.callback(part.close)
+            return part
 
-    reanalysers = builder.reanalysers()
-    give_back = (
-        (lambda shard, update: shards[shard].update_priorities(update))
-        if config.replay.priority_exponent > 0
-        else None
-    )
+        shards = [
+            closing(builder.replay_shard(index, book.folder.replay))
+            for index in range(config.replay.num_shards)
+        ]
+        learner, evaluator = closing(builder.learner()), closing(builder.evaluator())
+        saved = checkpoint.latest_checkpoint(book.folder.checkpoints)
+        learner.begin(saved and saved.tensors, saved and saved.state, book.first_version)
+        actors = [
+            closing(builder.actor(index, book.next_incarnation(index)))
+            for index in range(config.actor.num_actors)
+        ]
 
-    def is_over() -> bool:
-        """Asked between steps: on a busy machine a turn takes long."""
-        return stop_requested() or book.state.is_out_of_time
+        def insert(offers: dict[int, list[Episode]]) -> dict[int, list[InsertReply]]:
+            return {index: shards[index].insert(episodes) for index, episodes in offers.items()}
 
-    outboxes = [Outbox(insert, len(shards), config.actor.max_unacknowledged) for _ in actors]
-    try:
-        while True:
-            for actor, outbox in zip(actors, outboxes, strict=True):
-                if is_over():
-                    break
-                actor.set_weights(*learner.weights(), learner.num_steps)
-                actor.set_stage(book.curriculum.stage)
-                book.add_actor_report(actor.play(outbox, iter((False, True)).__next__, no_sleep))
-            for reanalyser in reanalysers:
-                reanalyser.set_weights(*learner.weights())
-                book.state.add_reanalyse_report(reanalyse(reanalyser, shards))
-            book.add_learner_report(learner.learn(ready_batches(shards, is_over), give_back))
-            stats = [shard.stats() for shard in shards]
-            crew = Crew(
-                len(actors), len(actors), reanalysers=len(reanalysers), unacknowledged=sum(map(len, outboxes))
-            )
-            if book.tick(stats, crew):
-                for shard in shards:
-                    shard.flush()
-            if stop_requested():
-                save(learner, book)
-                return STOPPED
-            reason = book.state.stop_reason()
-            is_last = reason and learner.num_steps > book.evaluated_step
-            if is_last or book.evaluation_is_due(learner.num_steps):
-                evaluate(learner, evaluator, book)
-                reason = reason or book.state.stop_reason()
-            elif book.checkpoint_is_due(learner.num_steps):
-                save(learner, book)
-            if reason:
-                return Ending(reason)
-            yield
-    except DeviceLost as error:
-        save(learner, book)  # its own weights are whole
-        raise RunError(f"{error}. What was learnt is saved: resume goes on from there") from None
-    finally:
-        with ExitStack() as stack:  # each is closed, also when another can't be
-            closes = [learner.close, evaluator.close]
-            closes += [*(actor.close for actor in actors), *(shard.close for shard in shards)]
-            for close in closes:
-                stack.callback(close)
+        reanalysers = builder.reanalysers()
+        give_back = (
+            (lambda shard, update: shards[shard].update_priorities(update))
+            if config.replay.priority_exponent > 0
+            else None
+        )
+
+        def is_over() -> bool:
+            """Asked between steps: on a busy machine a turn takes long."""
+            return stop_requested() or book.state.is_out_of_time
+
+        outboxes = [Outbox(insert, len(shards), config.actor.max_unacknowledged) for _ in actors]
+        try:
+            while True:
+                for actor, outbox in zip(actors, outboxes, strict=True):
+                    if is_over():
+                        break
+                    actor.set_weights(*learner.weights(), learner.num_steps)
+                    actor.set_stage(book.curriculum.stage)
+                    book.add_actor_report(actor.play(outbox, iter((False, True)).__next__, no_sleep))
+                for reanalyser in reanalysers:
+                    reanalyser.set_weights(*learner.weights())
+                    book.state.add_reanalyse_report(reanalyse(reanalyser, shards))
+                book.add_learner_report(learner.learn(ready_batches(shards, is_over), give_back))
+                stats = [shard.stats() for shard in shards]
+                crew = Crew(
+                    len(actors),
+                    len(actors),
+                    reanalysers=len(reanalysers),
+                    unacknowledged=sum(map(len, outboxes)),
+                )
+                if book.tick(stats, crew):
+                    for shard in shards:
+                        shard.flush()
+                if stop_requested():
+                    save(learner, book)
+                    return STOPPED
+                reason = book.state.stop_reason()
+                is_last = reason and learner.num_steps > book.evaluated_step
+                if is_last or book.evaluation_is_due(learner.num_steps):
+                    evaluate(learner, evaluator, book)
+                    reason = reason or book.state.stop_reason()
+                elif book.checkpoint_is_due(learner.num_steps):
+                    save(learner, book)
+                if reason:
+                    return Ending(reason)
+                yield
+        except DeviceLost as error:
+            save(learner, book)  # its own weights are whole
+            raise RunError(f"{error}. What was learnt is saved: resume goes on from there") from None
 
 
 def reanalyse(reanalyser: Reanalyser, shards: list[ReplayShard]) -> ReanalyseReport:

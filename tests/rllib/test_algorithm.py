@@ -11,8 +11,10 @@ import pytest
 from ray import tune
 
 from distributed_muzero.checkpoint import latest_checkpoint
+from distributed_muzero.config import load_preset, make_config
 from distributed_muzero.errors import ConfigError, ContractError, EnvironmentFailure, RunError, RunIsOver
 from distributed_muzero.rllib import DistributedMuZero, MuZeroConfig
+from distributed_muzero.rllib.saved import ASIDE, CONTENT, read_saved, run_in
 
 
 def small():
@@ -80,7 +82,7 @@ def test_it_goes_on_in_another_process_with_weights_optimizer_replay_and_counts(
     for _ in range(3):
         last = algorithm.train()
     saved = algorithm.save_to_path(tmp_path / "saved")
-    before = latest_checkpoint(tmp_path / "saved" / "run" / "checkpoints")
+    before = latest_checkpoint(run_in(saved) / "checkpoints")
     assert before.step >= last["num_grad_updates_lifetime"] > 0
     code = f"""
 import json
@@ -113,7 +115,7 @@ def test_what_was_played_can_be_left_out(made, tmp_path):
     algorithm = made(small().training(store_buffer_in_checkpoints=False))
     first = algorithm.train()
     algorithm.save_to_path(tmp_path / "saved")
-    assert not (tmp_path / "saved" / "run" / "replay").exists()
+    assert not (run_in(tmp_path / "saved") / "replay").exists()
     algorithm.restore_from_path(tmp_path / "saved")
     assert steps_of(algorithm.train())[0] >= steps_of(first)[0] + 150
 
@@ -159,7 +161,7 @@ def test_after_an_error_it_goes_on_from_what_was_saved(made, monkeypatch):
     algorithm = made(small())
     while not (before := steps_of(algorithm.train()))[1]:
         pass
-    algorithm._saved()
+    algorithm._write_weights()
 
     def fail(*_):
         raise KeyboardInterrupt
@@ -189,26 +191,99 @@ def test_a_path_may_be_saved_to_again(made, tmp_path):
     for _ in range(2):
         last = algorithm.train()
         algorithm.save_to_path(tmp_path / "saved")
-    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
-        "muzero_config.yaml", "muzero_state.json", "run",
-    ]  # fmt: skip
+        (tmp_path / "saved" / ".muzero-killed").mkdir()  # by a save that was broken off
+        algorithm.save_to_path(tmp_path / "saved")
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["muzero"]
     again = DistributedMuZero.from_checkpoint(tmp_path / "saved")
     assert again.iteration == 2 and steps_of(again.train())[0] >= steps_of(last)[0] + 150
     again.stop()
 
 
-def test_after_stop_nothing_goes_on(made):
+def test_a_save_that_was_broken_off_leaves_the_one_before(made, tmp_path):
     algorithm = made(small())
     algorithm.train()
+    algorithm.save_to_path(tmp_path)
+    (tmp_path / CONTENT).rename(tmp_path / ASIDE)
+    assert read_saved(tmp_path).training_iteration == 1
+    algorithm.train()
+    algorithm.save_to_path(tmp_path)
+    assert read_saved(tmp_path).training_iteration == 2
+    assert [path.name for path in tmp_path.iterdir()] == [CONTENT]
+
+
+def test_counts_are_saved_as_they_are_now(made, tmp_path):
+    algorithm = made(small())
+    counts = algorithm.train()
+    algorithm.save_to_path(tmp_path)
+    algorithm._book._next_tick = math.inf  # what a fast machine plays within a second
+    counts = algorithm.train()
+    algorithm.save_to_path(tmp_path)
+    status = read_saved(tmp_path).run.current_status()
+    assert status["env_steps"] >= counts["num_env_steps_sampled_lifetime"]
+    assert status["state"] == "stopped"
+
+
+def test_a_saved_run_is_one_that_the_command_line_goes_on_with(made, tmp_path):
+    algorithm = made(small())
+    algorithm.train()
+    algorithm.save_to_path(tmp_path)
+    preset = make_config(load_preset("debug"))
+    assert read_saved(tmp_path).run.config.evaluator.interval_seconds == preset.evaluator.interval_seconds
+    assert not (
+        run_in(tmp_path) / "evaluations.jsonl"
+    ).read_text()  # train() evaluates only when it is asked to
+
+
+def test_after_stop_nothing_goes_on(made, tmp_path):
+    algorithm = made(small())
+    algorithm.train()
+    algorithm.save_to_path(tmp_path)
     algorithm.stop()
-    with pytest.raises(RunIsOver, match=r"stop\(\) has ended this algorithm"):
-        algorithm.train()
+    calls = (
+        algorithm.train,
+        algorithm.evaluate,
+        lambda: algorithm.save_to_path(tmp_path),
+        lambda: algorithm.compute_single_action(np.zeros(4)),
+    )
+    for call in calls:
+        with pytest.raises(RunIsOver, match=r"stop\(\) has ended this algorithm"):
+            call()
+    assert read_saved(tmp_path).training_iteration == 1
+
+
+def test_a_run_that_ends_while_it_is_evaluated_is_done(made, monkeypatch):
+    algorithm = made(small().evaluation(evaluation_interval=1))
+    monkeypatch.setattr(algorithm, "_write_weights", lambda: setattr(algorithm, "_is_over", True))
+    assert algorithm.train()["done"]
+
+
+def test_places_that_cannot_be_are_refused(made, tmp_path):
+    algorithm = made(small())
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"can't save to .*file"):
+        algorithm.save_to_path(tmp_path / "file")
+    for call in (algorithm.save_to_path, algorithm.restore_from_path, DistributedMuZero.from_checkpoint):
+        with pytest.raises(RunError, match="not at a URI"):
+            call("s3://bucket/place")
+
+
+def test_a_part_that_cannot_be_made_leaves_the_others_closed(made, monkeypatch):
+    algorithm = made(small())
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("distributed_muzero.workers.builder.Builder.actor", fail)
+        with pytest.raises(KeyboardInterrupt):
+            algorithm.train()
+    assert algorithm.train()["num_env_steps_sampled_lifetime"] > 0
 
 
 def test_a_folder_without_a_saved_one_is_refused(made, tmp_path):
     algorithm = made(small())
     for load in (algorithm.restore_from_path, DistributedMuZero.from_checkpoint):
-        with pytest.raises(RunError, match=r"holds no saved DistributedMuZero: muzero_config.yaml, "):
+        with pytest.raises(RunError, match=r"holds no saved DistributedMuZero: muzero is not there"):
             load(tmp_path)
 
 
@@ -223,8 +298,17 @@ def test_it_plays_one_move(made):
     stacked = made(small().environment("CartPole-v1", history_length=3))
     assert stacked.compute_single_action(observation) in (0, 1)
     assert stacked.compute_single_action(np.stack([observation] * 3)) in (0, 1)
+    beside = {"seen": observation, "action_mask": np.eye(2)[1]}
+    assert algorithm.compute_single_action(beside) == 1
     with pytest.raises(ContractError, match=r"shape \(3,\) came; expected \(4,\)"):
         algorithm.compute_single_action(observation[:3])
+    for nonsense in ({"seen": observation}, "north"):
+        with pytest.raises(ContractError):
+            algorithm.compute_single_action(nonsense)
+    lake = made(small().environment("FrozenLake-v1"))
+    assert lake.compute_single_action(3) == lake.compute_single_action(np.eye(16)[3])
+    with pytest.raises(ContractError, match=r"shape \(\) came"):
+        lake.compute_single_action(16)
     with pytest.raises(ContractError, match=r"mask of shape \(3,\) came; expected \(2,\)"):
         algorithm.compute_single_action(observation, action_mask=[1, 1, 0])
 

@@ -1,10 +1,12 @@
 """MuZeroConfig: what its names stand for, and what is refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from ray import tune
 
-from distributed_muzero.config import load_preset, make_config
+from distributed_muzero.config import OFFLINE, load_preset, make_config
 from distributed_muzero.errors import ConfigError
 from distributed_muzero.rllib import MuZeroConfig
 from distributed_muzero.rllib.settings import METHODS, SECTIONS, SETTINGS
@@ -72,8 +74,18 @@ def test_without_env_runners_one_process_does_all():
 
 
 def test_stored_episodes_are_learnt_from_alone():
-    plan = MuZeroConfig().offline_data(input_=["a.parquet"]).plan()
-    assert plan.given.datasets == ("a.parquet",) and plan.config.is_offline
+    plan = MuZeroConfig("cartpole").offline_data(input_=[Path("a.parquet"), "s3://bucket/run"]).plan()
+    assert plan.given.datasets == (str(Path("a.parquet").resolve()), "s3://bucket/run")
+    assert plan.config.is_offline
+    for section, values in OFFLINE.items():
+        assert getattr(plan.config, section).model_dump().items() >= values.items()
+    config = MuZeroConfig().offline_data(input_=Path("a")).training(reanalyse={"ratio": 0.5})
+    assert config.plan().config.reanalyse.ratio == 0.5
+    assert MuZeroConfig.from_yaml(config.to_yaml()) == config
+    with pytest.raises(ConfigError, match=r"nobody plays: leave out actor\.num_actors"):
+        MuZeroConfig().offline_data(input_="a").training(
+            actor={"num_actors": 2}, reanalyse={"ratio": 0.5}
+        ).validate()
     with pytest.raises(ConfigError, match="nobody plays: leave out num_env_runners"):
         MuZeroConfig().offline_data(input_="a").env_runners(num_env_runners=2).validate()
 

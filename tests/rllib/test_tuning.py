@@ -4,6 +4,7 @@ import json
 
 import pytest
 from ray import tune
+from ray.tune.schedulers.pbt import _explore
 
 from distributed_muzero.errors import ConfigError
 from distributed_muzero.rllib import MuZeroConfig
@@ -78,11 +79,33 @@ def test_a_space_that_cannot_be_read_is_refused(tmp_path, text, message):
         ),
         ("actor.num_actors", tune.choice([1, 2]), "num_env_runners and actor.num_actors are both set"),
         ("env", tune.choice(["A", "B"]), "can't be searched over"),
+        ("environment.id", tune.choice(["A", "B"]), "can't be searched over"),
+        ("search", tune.choice([{"policy": "gumbel"}, {"polizy": "muzero"}]), "unknown key 'search.polizy'"),
     ],
 )
 def test_a_space_of_what_cannot_be_is_refused(name, domain, message):
     with pytest.raises(ConfigError, match=message):
         check_space(MuZeroConfig("debug").env_runners(num_env_runners=0), {name: domain}, "pbt")
+
+
+def test_pbt_stays_in_the_space():
+    space = {
+        "search.policy": tune.choice(["muzero", "gumbel"]),
+        "samples_per_insert": tune.choice([4, 8, 16, 32]),
+        "gamma": tune.quniform(0.9, 0.99, 0.03),
+        "num_simulations": tune.randint(2, 9),
+    }
+    scheduler = make_scheduler("pbt", 6, space)
+    chosen = {"search": {"policy": "gumbel"}, "samples_per_insert": 8, "gamma": 0.93, "num_simulations": 3}
+    seen = []
+    for _ in range(200):
+        chosen, _ = _explore(
+            chosen, scheduler._hyperparam_mutations, 0.25, (1.2, 0.8), scheduler._custom_explore_fn
+        )
+        seen.append(tuple(chosen_of(chosen, list(space)).values()))
+    policies, samples, discounts, simulations = map(set, zip(*seen, strict=True))
+    assert policies == {"muzero", "gumbel"} and samples == {4, 8, 16, 32}
+    assert discounts <= {0.9, 0.93, 0.96, 0.99} and simulations <= set(range(2, 9))
 
 
 def test_what_pbt_multiplies_stays_in_the_space():
