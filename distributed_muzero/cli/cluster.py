@@ -435,7 +435,8 @@ def runs(address: Address = None, runs_dir: options.RunsDir = options.RUNS, as_j
     except ClusterError as error:
         if cluster_address(address) is not None:
             raise
-        _tell(f"{error}\nThe runs in {runs_dir}:")
+        what, *_ = str(error).split(": ")
+        _tell(f"{what}; the runs in {runs_dir}:")
         found = [{"run": name, "state": status_of(name, runs_dir)["state"]} for name in names_in(runs_dir)]
     if as_json:
         for line in found:

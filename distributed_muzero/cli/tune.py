@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -94,6 +95,13 @@ def tune(
     with best.checkpoint.as_directory() as saved:
         copy_run(run_in(saved), target)
     print_trials(watcher.rows)
+    broken_off = sum(row["state"] not in ("terminated", "error") for row in watcher.rows)
+    if broken_off:
+        print(
+            f"the search was broken off: {broken_off} of {len(watcher.rows)} trials hadn't ended. "
+            "They can't go on; the run is what was best by then",
+            file=sys.stderr,
+        )
     chosen = ", ".join(f"{key} {shown(value)}" for key, value in best.chosen.items())
     print(
         f"best: trial {best.trial} with {chosen}: {best.score:.1f} in the evaluation by which it was chosen"

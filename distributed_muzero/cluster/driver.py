@@ -247,7 +247,9 @@ class Driver:
             self._replace(role, RunError("it gave no answer in time"))
         for role in (self.learner, *self.shards, *self.reanalysers):
             if role.is_long_pending(now):
-                self.book.progress.message(f"the {role.name} still waits for a node with room for it")
+                gpu = role is self.learner and self.config.learner.device == "cuda"
+                room = "with room for it" + (", and a GPU" if gpu else "")
+                self.book.progress.message(f"the {role.name} still waits for a node {room}")
         is_due = self._evaluates_now() or self.book.checkpoint_is_due(self._steps)
         if self._learner_has_begun and is_due and not self._state_is_asked:
             self._state_is_asked = True

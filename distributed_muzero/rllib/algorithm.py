@@ -29,6 +29,7 @@ from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import ConfigError, ContractError, RunError, RunIsOver
 from distributed_muzero.observability.progress import Progress
 from distributed_muzero.rllib.config import MuZeroConfig
+from distributed_muzero.rllib.interrupts import put_off
 from distributed_muzero.rllib.masks import MASK, key_beside_mask
 from distributed_muzero.rllib.registered import register_again
 from distributed_muzero.rllib.results import Counts, of_episodes, result
@@ -75,7 +76,11 @@ class DistributedMuZero(Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         self.algorithm_config = MuZeroConfig.from_dict(config)
         self._plan = self.algorithm_config.plan()
-        check_parts(self._plan.config)
+        spec = check_parts(self._plan.config)
+        if spec.num_players == 1 and "evaluation_opponent" in config:
+            raise ConfigError(
+                f"evaluation_opponent is for games of two, and {spec.id} is for one: leave it out"
+            )
         self._folder: RunFolder | None = None
         self._stack = ExitStack()
         self._turns: Turns | None = None
@@ -258,7 +263,10 @@ class DistributedMuZero(Trainable):
         return self._book
 
     def _take_turn(self) -> bool:
-        """False if the run is over. What is raised in it ends the launch; the next one goes on from what was saved."""
+        """False if the run is over. What is raised in it ends the launch; the next one goes on from what was saved.
+
+        Ctrl-C comes between two turns, and ends nothing.
+        """
         assert self._turns is not None
         if self._book is not None and not self._plan.in_process and not ray.is_initialized():
             self._end()
@@ -266,14 +274,16 @@ class DistributedMuZero(Trainable):
                 "Ray was shut down while the run went on; the next train() goes on from what was saved"
             )
         began = time.monotonic()
-        try:
-            self._book = next(self._turns)
-        except StopIteration:
-            self._is_over = True
-        except BaseException:
-            self._end()
-            raise
-        self._seconds += time.monotonic() - began
+        with put_off():
+            try:
+                self._book = next(self._turns)
+            except StopIteration:
+                self._is_over = True
+            except BaseException:
+                logger.warning("what was learnt since the run's last checkpoint is lost")
+                self._end()
+                raise
+            self._seconds += time.monotonic() - began
         return not self._is_over
 
     def _write_weights(self) -> None:

@@ -32,10 +32,12 @@ SETTINGS = {
     "num_envs_per_env_runner": Setting("env_runners", "actor.envs_per_actor", "games in one batched search"),
     "sample_timeout_s": Setting("env_runners", "actor.timeout_seconds", "a silent actor is replaced"),
     "autoscale": Setting("env_runners", "actor.autoscale", "fewest and most actors, chosen by the run"),
-    "lr": Setting("training", None, "learner.learning_rate; the rate at its end keeps its share of it"),
+    "lr": Setting(
+        "training", None, "learner.learning_rate; final_learning_rate stays the same fraction of it"
+    ),
     "gamma": Setting("training", "algorithm.discount", "discount"),
     "train_batch_size_per_learner": Setting(
-        "training", None, "learner.batch_size is as many for each learner"
+        "training", None, "learner.batch_size is this times the number of learners"
     ),
     "grad_clip": Setting("training", "learner.max_grad_norm", "by the global norm"),
     "n_step": Setting("training", "algorithm.td_steps", "rewards before the bootstrap"),

@@ -68,6 +68,8 @@ def _domain(name: str, line: Any, path: Path) -> Domain:
     if not isinstance(line, dict) or len(line) != 1:
         raise ConfigError(f"{path}: {name}: {line!r}: expected {{kind: [arguments]}} with one of {kinds}")
     [(kind, arguments)] = line.items()
+    if isinstance(arguments, dict):
+        raise ConfigError(f"{path}: {name}: {line!r}: what lies in a section is written {name}.{kind}: …")
     if not isinstance(arguments, list) or not arguments:
         raise ConfigError(f"{path}: {name}: {kind}: {arguments!r}: expected a list, such as [1.0e-4, 1.0e-2]")
     if kind == "choice":
@@ -76,11 +78,16 @@ def _domain(name: str, line: Any, path: Path) -> Domain:
         raise ConfigError(f"{path}: {name}: no kind {kind!r}; expected one of {kinds}")
     try:
         numbers = [float(number) for number in arguments]
+        if len(numbers) != 2 + (kind == "quniform"):
+            number = "two numbers" if kind != "quniform" else "two numbers and a step"
+            raise ConfigError(f"{path}: {name}: {kind} {arguments}: expected {number}")
+        if kind.startswith("log") and numbers[0] <= 0:
+            raise ConfigError(f"{path}: {name}: {kind} {arguments}: expected numbers above 0")
         is_whole = kind in ("randint", "lograndint")
         if numbers[0] >= numbers[1]:
             raise ConfigError(f"{path}: {name}: {kind} {arguments}: expected the lower end first")
         return KINDS[kind](*(int(number) if is_whole else number for number in numbers))
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {name}: {kind} {arguments}: {error}") from None
 
 
@@ -106,7 +113,7 @@ def chosen_of(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, An
 
 
 def check_space(config: MuZeroConfig, space: Mapping[str, Domain], scheduler: str) -> None:
-    """That the ends of each domain, and all that can be chosen, can be. Raises ConfigError."""
+    """That the ends of each domain, what lies between, and all that can be chosen, can be. Raises ConfigError."""
     for name in space:
         if "." not in name and name not in SETTINGS:
             MuZeroConfig().update_from_dict(
@@ -119,9 +126,9 @@ def check_space(config: MuZeroConfig, space: Mapping[str, Domain], scheduler: st
             raise ConfigError(
                 f"{name} can't change while a run goes on, as pbt asks for: search with asha, or none"
             )
-    ends = {name: ends_of(domain) for name, domain in space.items()}
-    first = {name: values[0] for name, values in ends.items()}
-    for name, values in ends.items():
+    examples = {name: examples_of(domain) for name, domain in space.items()}
+    first = {name: values[0] for name, values in examples.items()}
+    for name, values in examples.items():
         for value in values:
             MuZeroConfig.from_dict(lay(config.to_dict(), {**first, name: value})).validate()
 
@@ -132,6 +139,18 @@ def ends_of(domain: Domain) -> list[Any]:
         return list(domain.categories)
     assert isinstance(domain, (Float, Integer))
     return [domain.lower, domain.upper - isinstance(domain, Integer)]  # the end of whole numbers is left out
+
+
+def examples_of(domain: Domain) -> list[Any]:
+    """The ends, and of fractions one between them."""
+    ends = ends_of(domain)
+    is_smooth = isinstance(domain, Float) and step_of(domain) is None
+    return [*ends, ends[0] + (ends[1] - ends[0]) / math.pi] if is_smooth else ends
+
+
+def step_of(domain: Domain) -> float | None:
+    """Between the numbers of a quantised range."""
+    return getattr(domain.get_sampler(), "q", None)
 
 
 def make_scheduler(name: str, iterations: int, space: Mapping[str, Domain]) -> TrialScheduler:
@@ -148,7 +167,7 @@ def make_scheduler(name: str, iterations: int, space: Mapping[str, Domain]) -> T
         for key, domain in space.items():
             if not isinstance(domain, Categorical):
                 low, high = ends_of(domain)
-                step = getattr(domain.sampler, "q", None)
+                step = step_of(domain)
                 value = chosen[key] if step is None else round(round(chosen[key] / step) * step, DIGITS)
                 chosen[key] = min(max(value, low), high)
         return lay(settings, chosen)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from distributed_muzero.checkpoint import latest_checkpoint
 from distributed_muzero.config import load_preset, make_config
 from distributed_muzero.errors import ConfigError, ContractError, EnvironmentFailure, RunError, RunIsOver
 from distributed_muzero.rllib import DistributedMuZero, MuZeroConfig
+from distributed_muzero.rllib.interrupts import put_off
 from distributed_muzero.rllib.saved import ASIDE, CONTENT, read_saved, run_in
 
 
@@ -173,6 +175,44 @@ def test_after_an_error_it_goes_on_from_what_was_saved(made, monkeypatch):
     result = algorithm.train()
     assert not result["done"]
     assert steps_of(result)[0] > before[0] and steps_of(result)[1] >= before[1]
+
+
+def test_ctrl_c_comes_between_two_turns_and_loses_nothing(made, tmp_path, monkeypatch):
+    algorithm = made(small())
+    while not (before := steps_of(algorithm.train()))[1]:
+        pass
+    book, tick = algorithm._book, algorithm._book.tick
+
+    def tick_with_ctrl_c(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return tick(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(book, "tick", tick_with_ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            algorithm.train()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    algorithm.save_to_path(tmp_path)
+    saved = latest_checkpoint(run_in(tmp_path) / "checkpoints")
+    assert saved.step >= before[1] and algorithm._book is book
+    assert steps_of(algorithm.train())[1] >= saved.step
+
+
+def test_a_second_ctrl_c_comes_at_once():
+    reached = []
+    with pytest.raises(KeyboardInterrupt), put_off():
+        signal.raise_signal(signal.SIGINT)
+        reached.append(1)
+        signal.raise_signal(signal.SIGINT)
+        reached.append(2)
+    assert reached == [1]
+    with pytest.raises(KeyboardInterrupt), put_off():
+        signal.raise_signal(signal.SIGINT)
+        reached.append(3)
+    assert reached == [1, 3]
+    with put_off():
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_script_that_never_stops_it_ends(tmp_path):
@@ -348,3 +388,5 @@ def test_what_cannot_be_fails_when_it_is_built():
         DistributedMuZero({"gama": 1})
     with pytest.raises(EnvironmentFailure, match="Pendulum-v1 has continuous actions"):
         MuZeroConfig().environment("Pendulum-v1").build_algo()
+    with pytest.raises(ConfigError, match="evaluation_opponent is for games of two"):
+        MuZeroConfig("cartpole").evaluation(evaluation_opponent="random").build_algo()

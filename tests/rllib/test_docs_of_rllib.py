@@ -10,12 +10,10 @@ import pytest
 from distributed_muzero.rllib.settings import SETTINGS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rllib.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 # Others need a run, or go on with what stands above them.
-WHOLE = [
-    block
-    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    if "MuZeroConfig(" in block or "register" in block
-]
+WHOLE = [block for block in BLOCKS if "MuZeroConfig(" in block or "register" in block]
+WHOLE[0] += next(block for block in BLOCKS if 'from_checkpoint("saved")' in block)
 
 
 def table_of_names():
@@ -35,7 +33,7 @@ def test_the_table_of_names_is_whole():
 @pytest.mark.long
 @pytest.mark.parametrize("block", WHOLE, ids=range(len(WHOLE)))
 def test_what_the_page_shows_runs(block, tmp_path):
-    code = block + ("\nassert not tuner.fit().errors\n" if "tuner =" in block else "")
+    code = block + ("\nassert not results.errors\n" if "results =" in block else "")
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=tmp_path
     )
