@@ -44,10 +44,7 @@ def make(config: EnvironmentConfig) -> Environment:
         made = creator(EnvConfig(config.kwargs))
     except Exception as error:
         kwargs = f" with kwargs {config.kwargs}" if config.kwargs else ""
-        problem = (
-            f"its creator, which is called with the environment's kwargs as its one argument, raised "
-            f"{type(error).__name__}: {error}"
-        )
+        problem = f"its creator raised {type(error).__name__}: {error} (it is called with one argument, the environment's kwargs)"
         raise EnvironmentFailure(f"{config.id}{kwargs}: {problem}") from error
     if not isinstance(made, gymnasium.Env):
         raise EnvironmentFailure(
