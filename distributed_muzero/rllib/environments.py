@@ -44,8 +44,9 @@ def make(config: EnvironmentConfig) -> Environment:
         made = creator(EnvConfig(config.kwargs))
     except Exception as error:
         kwargs = f" with kwargs {config.kwargs}" if config.kwargs else ""
-        problem = f"its creator raised {type(error).__name__}: {error} (it is called with one argument, the environment's kwargs)"
-        raise EnvironmentFailure(f"{config.id}{kwargs}: {problem}") from error
+        problem = f"its creator raised {type(error).__name__}: {error}"
+        hint = "it is called with one argument, the environment's kwargs"
+        raise EnvironmentFailure(f"{config.id}{kwargs}: {problem} ({hint})") from error
     if not isinstance(made, gymnasium.Env):
         raise EnvironmentFailure(
             f"{config.id}: its creator returned {type(made).__name__}; expected a gymnasium.Env or RLlib's "
