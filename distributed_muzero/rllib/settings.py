@@ -187,7 +187,7 @@ def read_given(settings: Mapping[str, Any]) -> Given:
     num_runners, interval = settings.get("num_env_runners"), settings.get("evaluation_interval")
     given = Given(
         None if num_runners is None else _whole("num_env_runners", num_runners),
-        tuple(absolute(settings.get("input_") or ())),
+        tuple(absolute(settings.get("input_"))),
         stored,
         None if interval is None else _whole("evaluation_interval", interval, 1),
         "interval_seconds" in settings.get("evaluator", {}),
@@ -203,8 +203,10 @@ def read_given(settings: Mapping[str, Any]) -> Given:
 
 
 def absolute(paths: Any) -> list[str]:
-    """Of one path or URI, or several."""
-    listed = [paths] if isinstance(paths, (str, Path)) else paths
+    """Of one path or URI, several, or None. Raises ConfigError for anything else."""
+    listed = [paths] if isinstance(paths, (str, Path)) else [] if paths is None else paths
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(path, (str, Path)) for path in listed):
+        raise ConfigError(f"input_={paths!r}: expected a path or a URI, or a list of them")
     return [str(path) if is_uri(str(path)) else str(Path(path).expanduser().resolve()) for path in listed]
 
 

@@ -79,6 +79,9 @@ def test_stored_episodes_are_learnt_from_alone():
     assert plan.config.is_offline
     for section, values in OFFLINE.items():
         assert getattr(plan.config, section).model_dump().items() >= values.items()
+    assert MuZeroConfig().offline_data(input_=None).plan().given.datasets == ()
+    with pytest.raises(ConfigError, match="expected a path or a URI"):
+        MuZeroConfig().offline_data(input_=5)
     config = MuZeroConfig().offline_data(input_=Path("a")).training(reanalyse={"ratio": 0.5})
     assert config.plan().config.reanalyse.ratio == 0.5
     assert MuZeroConfig.from_yaml(config.to_yaml()) == config
