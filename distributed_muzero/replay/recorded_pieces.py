@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -128,11 +128,15 @@ class Piece(NamedTuple):
         return values.astype(np.float32)
 
 
+def key_beside_mask(names: Collection[str]) -> str | None:
+    """Of two names, one of which is the mask's, the other one."""
+    return next(name for name in names if name != MASK) if MASK in names and len(names) == 2 else None
+
+
 def _unmasked(item: Any) -> Any:
-    """The observation beside its mask, whatever its name (as in `rllib.masks`); all else as it is."""
-    if isinstance(item, dict) and len(item) == 2 and MASK in item:
-        return next(value for name, value in item.items() if name != MASK)
-    return item
+    """The observation beside its mask; all else as it is."""
+    key = key_beside_mask(item) if isinstance(item, dict) else None
+    return item if key is None else item[key]
 
 
 def _flat_actions(actions: list[Any], spec: EnvironmentSpec) -> np.ndarray:

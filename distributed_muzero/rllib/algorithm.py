@@ -28,9 +28,9 @@ from distributed_muzero.cluster.session import turns as play_on_ray
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.errors import ConfigError, ContractError, RunError, RunIsOver
 from distributed_muzero.observability.progress import Progress
+from distributed_muzero.replay.recorded_pieces import MASK, key_beside_mask
 from distributed_muzero.rllib.config import MuZeroConfig
 from distributed_muzero.rllib.interrupts import put_off
-from distributed_muzero.rllib.masks import MASK, key_beside_mask
 from distributed_muzero.rllib.registered import register_again
 from distributed_muzero.rllib.results import Counts, of_episodes, result
 from distributed_muzero.rllib.saved import folder_at, read_saved, write_saved
@@ -105,17 +105,16 @@ class DistributedMuZero(Trainable):
         given, began = self._plan.given, time.monotonic()
         book = self._begun()
         before = self._reported
-        is_over = False
         if not self._has_played:
-            while not is_over and not self._has_played and time.monotonic() - began < START_SECONDS:
-                is_over = not self._take_turn()
+            while not self._is_over and not self._has_played and time.monotonic() - began < START_SECONDS:
+                self._take_turn()
                 self._has_played = book.state.env_steps > before.env_steps or book.config.is_offline
             began = time.monotonic()
-        while not is_over and (
+        while not self._is_over and (
             time.monotonic() - began < given.min_seconds
             or book.state.env_steps - before.env_steps < given.min_env_steps
         ):
-            is_over = not self._take_turn()
+            self._take_turn()
         now = self._reported = Counts.of(book.state, self._seconds)
         found = result(book.state, now, before, book.config.learner.batch_size, book.crew.live, book.status)
         if given.evaluation_interval and (self.iteration + 1) % given.evaluation_interval == 0:
@@ -198,8 +197,8 @@ class DistributedMuZero(Trainable):
             with path.as_directory() as folder:
                 self.restore_from_path(folder)
             return
-        self.load_checkpoint(path)
         saved = read_saved(folder_at(path))
+        self._take_over(saved.run)
         self._iteration, self._time_total = saved.training_iteration, saved.time_total_s
 
     @classmethod
@@ -222,7 +221,10 @@ class DistributedMuZero(Trainable):
         write_saved(Path(checkpoint_dir), run, left_out, settings, state)
 
     def load_checkpoint(self, checkpoint_dir: Any) -> None:
-        saved = read_saved(folder_at(checkpoint_dir)).run
+        self._take_over(read_saved(folder_at(checkpoint_dir)).run)
+
+    def _take_over(self, saved: RunFolder) -> None:
+        """Goes on from a copy of the saved run."""
         saved.with_config(self._plan.config)  # raises before anything is changed
         path = Path(self.logdir) / self._new_name()
         copy_run(saved.path, path)

@@ -25,18 +25,6 @@ if TYPE_CHECKING:
     from distributed_muzero.rllib.algorithm import DistributedMuZero
 
 
-OTHER_METHODS = (
-    "framework",
-    "build_algo",
-    "validate",
-    "plan",
-    "copy",
-    "to_dict",
-    "update_from_dict",
-    "to_yaml",
-)
-
-
 class Plan(NamedTuple):
     """What a MuZeroConfig asks for."""
 
@@ -208,12 +196,11 @@ class MuZeroConfig(_Config):
             return settings[name]
         if name in SETTINGS:
             raise AttributeError(f"{name} wasn't set; plan().config holds what is used in its place")
-        close = difflib.get_close_matches(
-            name, [*SETTINGS, *SECTIONS, *METHODS, *OTHER_METHODS], n=1, cutoff=0.7
-        )
+        methods = [method for method in vars(MuZeroConfig) if not method.startswith("_")]
+        close = difflib.get_close_matches(name, [*SETTINGS, *SECTIONS, *methods], n=1, cutoff=0.7)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise AttributeError(
-            f"MuZeroConfig has no {name!r}{hint}: its methods are {', '.join([*METHODS, *OTHER_METHODS])}; "
+            f"MuZeroConfig has no {name!r}{hint}: its methods are {', '.join(methods)}; "
             "docs/rllib.md says what stands for others of RLlib's"
         )
 

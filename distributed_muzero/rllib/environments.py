@@ -18,7 +18,8 @@ from distributed_muzero.environments.gymnasium import GymnasiumEnvironment
 from distributed_muzero.environments.pettingzoo import ORDERS, AECEnvironment
 from distributed_muzero.environments.pettingzoo_boards import BOARDS
 from distributed_muzero.errors import EnvironmentFailure, UnknownEnvironmentError
-from distributed_muzero.rllib.masks import MASK, Unmasked, masked_key
+from distributed_muzero.replay.recorded_pieces import MASK
+from distributed_muzero.rllib.masks import Unmasked, masked_key
 from distributed_muzero.rllib.multi_agent import MultiAgentEnvironment
 from distributed_muzero.rllib.registered import Creator, find_creator, registered_names
 

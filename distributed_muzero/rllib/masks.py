@@ -5,24 +5,18 @@ Its own examples call that `observations`, PettingZoo `observation`, others `obs
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-MASK = "action_mask"
+from distributed_muzero.replay.recorded_pieces import MASK, key_beside_mask
 
 
 def masked_key(space: spaces.Space) -> str | None:
     """Under which key the observation stands beside its mask; None for any other space."""
     return key_beside_mask(space.spaces) if isinstance(space, spaces.Dict) else None
-
-
-def key_beside_mask(names: Collection[str]) -> str | None:
-    """Of two names, one of which is the mask's, the other one."""
-    return next(name for name in names if name != MASK) if MASK in names and len(names) == 2 else None
 
 
 class Unmasked(gymnasium.ObservationWrapper):

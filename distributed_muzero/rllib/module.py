@@ -21,7 +21,8 @@ from distributed_muzero.algorithm.returns import signed_discount
 from distributed_muzero.environments.gymnasium import code_observations
 from distributed_muzero.errors import ConfigError, ContractError
 from distributed_muzero.networks.inference import SearchModel, make_search_model
-from distributed_muzero.rllib.masks import MASK, key_beside_mask, masked_key
+from distributed_muzero.replay.recorded_pieces import MASK, key_beside_mask
+from distributed_muzero.rllib.masks import masked_key
 from distributed_muzero.rllib.module_files import SETTINGS, ModuleFiles
 from distributed_muzero.rllib.module_settings import ModuleSettings
 

@@ -14,7 +14,8 @@ import numpy as np
 from distributed_muzero.environments.base import EnvironmentSpec
 from distributed_muzero.environments.gymnasium import MAX_REWARD, code_actions, code_observations
 from distributed_muzero.errors import EnvironmentFailure, NonFiniteError
-from distributed_muzero.rllib.masks import MASK, masked_key
+from distributed_muzero.replay.recorded_pieces import MASK
+from distributed_muzero.rllib.masks import masked_key
 from distributed_muzero.rllib.zero_sum import Accounts
 
 ALL = "__all__"

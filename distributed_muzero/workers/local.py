@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
-from typing import TypeVar
+from contextlib import ExitStack, closing
 
 from distributed_muzero import checkpoint
 from distributed_muzero.config import Config
 from distributed_muzero.errors import RunError
 from distributed_muzero.types import Batch, Episode
-from distributed_muzero.workers.actor import Actor
 from distributed_muzero.workers.bookkeeper import Bookkeeper
 from distributed_muzero.workers.builder import Builder
 from distributed_muzero.workers.evaluator import Evaluator
@@ -22,7 +20,6 @@ from distributed_muzero.workers.replay_shard import InsertReply, ReplayShard
 from distributed_muzero.workers.run_state import STOPPED, Crew, Ending, ReanalyseReport
 
 MAX_LEARNER_STEPS_A_TURN = 32
-Part = TypeVar("Part", ReplayShard, Learner, Evaluator, Actor)
 
 
 def turns(
@@ -31,20 +28,16 @@ def turns(
     """Plays and learns until a limit of `config.run` or a request to stop, a turn of the loop at a time."""
     builder = Builder(config, run_name)
     with ExitStack() as opened:  # each is closed, also when another can't be, or can't be made
-
-        def closing(part: Part) -> Part:
-            opened.callback(part.close)
-            return part
-
         shards = [
-            closing(builder.replay_shard(index, book.folder.replay))
+            opened.enter_context(closing(builder.replay_shard(index, book.folder.replay)))
             for index in range(config.replay.num_shards)
         ]
-        learner, evaluator = closing(builder.learner()), closing(builder.evaluator())
+        learner = opened.enter_context(closing(builder.learner()))
+        evaluator = opened.enter_context(closing(builder.evaluator()))
         saved = checkpoint.latest_checkpoint(book.folder.checkpoints)
         learner.begin(saved and saved.tensors, saved and saved.state, book.first_version)
         actors = [
-            closing(builder.actor(index, book.next_incarnation(index)))
+            opened.enter_context(closing(builder.actor(index, book.next_incarnation(index))))
             for index in range(config.actor.num_actors)
         ]
 
